@@ -129,7 +129,16 @@ class ChunkTable:
     the digests; little-endian, each column starting right behind the one before.
     """
 
-    __slots__ = ("_primary_chunks", "_primary_offsets", "blob_length", "blob_offset", "digests", "inner_offset", "size", "volume_offset")
+    __slots__ = (
+        "_primary_chunks",
+        "_primary_offsets",
+        "blob_length",
+        "blob_offset",
+        "digests",
+        "inner_offset",
+        "size",
+        "volume_offset",
+    )
 
     def __init__(self) -> None:
         self.blob_offset = array("Q")
@@ -198,7 +207,7 @@ class ChunkTable:
 
     def to_bytes(self) -> bytes:
         """The on-disk form described above."""
-        columns = (self.blob_offset, self.blob_length, self.inner_offset, self.size, self.volume_offset)
+        columns: tuple[array[int], ...] = (self.blob_offset, self.blob_length, self.inner_offset, self.size, self.volume_offset)
         if not _LITTLE:
             columns = tuple(array(c.typecode, c) for c in columns)
             for column in columns:
@@ -213,7 +222,7 @@ class ChunkTable:
             FormatError: wrong magic or length.
         """
         view = memoryview(data)
-        if len(view) < 16 or view[:8] != _CHUNKS_MAGIC:
+        if len(view) < 16 or bytes(view[:8]) != _CHUNKS_MAGIC:
             raise FormatError("not a Shoal chunk table")
         (count,) = struct.unpack_from("<Q", view, 8)
         if len(view) != 16 + 60 * count:
@@ -283,7 +292,7 @@ class PieceTable:
             FormatError: wrong magic or length.
         """
         view = memoryview(data)
-        if len(view) < 24 or view[:8] != b"SHOALPC1":
+        if len(view) < 24 or bytes(view[:8]) != b"SHOALPC1":
             raise FormatError("not a Shoal piece table")
         count, index_piece = struct.unpack_from("<Qq", view, 8)
         if len(view) != 24 + 12 * (count + 1):

