@@ -1,0 +1,1 @@
+"""One module per consumer of images: containerd today."""

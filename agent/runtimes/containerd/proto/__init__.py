@@ -1,0 +1,1 @@
+"""Generated from containerd's API by tests/conformance/generate_proto.py; never edited."""
