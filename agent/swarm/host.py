@@ -291,7 +291,8 @@ async def open_host(identity: Identity, network_key: str, listen: str) -> AsyncI
         max_connections=_MAX_CONNECTIONS,
         high_watermark=_MAX_CONNECTIONS,
         min_connections=0,
-        low_watermark=0,  # whom to connect to is decided here, not by the library
+        # Whom to connect to is decided here: the library dials known peers up to the middle between its watermarks.
+        low_watermark=-_MAX_CONNECTIONS,
     )
     network = Swarm(
         peer,

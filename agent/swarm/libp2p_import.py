@@ -98,6 +98,7 @@ def import_libp2p() -> None:
                 del sys.modules[name]
     connection = importlib.import_module("libp2p.network.connection.swarm_connection")
     vars(connection)["logging"] = logging.getLogger("libp2p.network.connection")
+    logging.getLogger("libp2p.network.auto_connector").setLevel(logging.WARNING)  # it sets INFO for itself
     logger = logging.getLogger("libp2p")
     logger.handlers.clear()
     logger.setLevel(logging.WARNING)
