@@ -140,8 +140,9 @@ def _remove_cgroups(lab: Path) -> None:
                 if inner.is_dir():
                     with contextlib.suppress(OSError):
                         inner.rmdir()
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+            for empty in (folder, folder.parent):  # the parent is shared by labs, and goes with the last
+                with contextlib.suppress(OSError):
+                    empty.rmdir()
 
 
 def _remove_netns(lab: Path) -> None:

@@ -64,7 +64,9 @@ class _Flow:
 
     __slots__ = ("at", "connection", "ended", "is_down", "lane", "pending", "reading", "sink", "source", "under_way")
 
-    def __init__(self, connection: "_Connection", source: socket.socket, sink: socket.socket, lane: "_Lane", *, is_down: bool) -> None:
+    def __init__(
+        self, connection: "_Connection", source: socket.socket, sink: socket.socket, lane: "_Lane", *, is_down: bool
+    ) -> None:
         self.connection = connection
         self.source = source
         self.sink = sink

@@ -1,6 +1,5 @@
 """One node of a lab: its network namespace, its containerd, its Shoal agent."""
 
-import json
 import re
 import signal
 import sys
@@ -11,13 +10,18 @@ from pathlib import Path
 from typing import Any, Final
 
 import attrs
+import trio
 
+from agent.admin.client import call
 from agent.lab.leftovers import lab_name
 from agent.lab.network import Host
-from agent.lab.processes import Child, Finished, LabError, run_command, running, socket_answers, start
+from agent.lab.processes import Child, Finished, LabError, run_command, socket_answers, start
 
 CONTROL_PORT: Final = 4405
 DATA_PORT: Final = 4406
+
+_status_calls: Final = trio.CapacityLimiter(8)
+"""Threads that wait for agents' answers; more than nodes in any lab."""
 
 _CONTAINERD: Final = """version = 2
 root = "{root}"
@@ -100,7 +104,7 @@ class Node:
         for name, socket in {"shoal": self.run_dir / "containerd.sock", **self.snapshotters}.items():
             text += _PROXY_PLUGIN.format(name=name, address=socket)
         config.write_text(text)
-        argv = [*self.host.enter(), self._tool("containerd"), "--config", config, "--log-level", "warn"]
+        argv: list[str | Path] = [*self.host.enter(), self._tool("containerd"), "--config", config, "--log-level", "warn"]
         self.containerd = start(f"containerd of {self.name}", argv, self.folder / "containerd.log", dies_with_us=False)
         await self.containerd.wait_ready(lambda: socket_answers(self.address), "its socket answers")
 
@@ -129,7 +133,7 @@ class Node:
     async def start_agent(self, *, secret: Path | None = None, bootstrap: Sequence[str] = (), extra: Sequence[str] = ()) -> None:
         """Start `shoal agent` (and with it fsmount) and wait until it says that it is ready."""
         self.folder.mkdir(exist_ok=True)
-        argv = [*self.host.enter(), *shoal(), "agent", "--run-dir", self.run_dir, "--state-dir", self.state_dir]
+        argv: list[str | Path] = [*self.host.enter(), *shoal(), "agent", "--run-dir", self.run_dir, "--state-dir", self.state_dir]
         argv += ["--containerd-address", self.address]
         argv += ["--listen", f"/ip4/0.0.0.0/tcp/{CONTROL_PORT}", "--data-listen", f"0.0.0.0:{DATA_PORT}"]
         if secret is not None:
@@ -158,10 +162,24 @@ class Node:
         return [*shoal(), str(command), "--run-dir", str(self.run_dir), *(str(word) for word in rest)]
 
     async def status(self) -> dict[str, Any]:
-        """What `shoal status --json` says."""
-        done = await run_command(self.shoal("status", "--json"), timeout_s=30)
-        status: dict[str, Any] = json.loads(done.stdout)
+        """What `shoal status --json` says, asked without the cost of a process: views ask several times a second."""
+        status: dict[str, Any] = await trio.to_thread.run_sync(call, self.run_dir, "status", limiter=_status_calls)
         return status
+
+    async def wait_complete(self, layers: int, *, timeout_s: float = 120.0) -> float:
+        """Wait until the background fetch has brought every piece of `layers` layers; gives the seconds it took.
+
+        Raises:
+            LabError: it did not.
+        """
+        began = time.monotonic()
+        while True:
+            held = (await self.status())["layers"]
+            if len(held) >= layers and all(layer["pieces_held"] == layer["pieces"] for layer in held):
+                return time.monotonic() - began
+            if time.monotonic() - began > timeout_s:
+                raise LabError(f"{self.name} does not hold the whole image after {timeout_s:.0f} s: {held}")
+            await trio.sleep(0.1)  # `status` is a question, not a subscription
 
     async def pull_and_run(self, image: str, command: Sequence[str] = (), *, lazy: bool = True) -> Timed:
         """Pull (with `shoal pull`, or containerd's full pull) and start a container, as somebody would who waits for it."""
@@ -204,7 +222,5 @@ async def open_node(
         await node.start_containerd()
         yield node
     finally:
-        import trio  # noqa: PLC0415 - only for the shield
-
         with trio.CancelScope(shield=True):
             await node.stop()

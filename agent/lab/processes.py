@@ -76,10 +76,12 @@ class Child:
                 raise LabError(f"{self.name} ended with status {self.popen.returncode} before {what}:\n{self.tail()}")
             if time.monotonic() > deadline:
                 raise LabError(f"{self.name}: not {what} after {READY_S:.0f} s:\n{self.tail()}")
-            await trio.sleep(0.02)  # noqa: ASYNC110 - see above
+            await trio.sleep(0.02)
 
 
-def start(name: str, argv: Sequence[str | Path], log: Path, *, env: Mapping[str, str] | None = None, dies_with_us: bool = True) -> Child:
+def start(
+    name: str, argv: Sequence[str | Path], log: Path, *, env: Mapping[str, str] | None = None, dies_with_us: bool = True
+) -> Child:
     """Start a process whose output goes to `log`.
 
     With `dies_with_us` the kernel kills it when this process dies (`setpriv --pdeathsig`). The kernel ties that to the thread that
@@ -147,8 +149,8 @@ async def run_command(argv: Sequence[str | Path], *, timeout_s: float = 300.0, c
     try:
         with trio.fail_after(timeout_s):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(lambda: collect(process.stdout, stdout, is_stdout=True))  # type: ignore[arg-type]  # asserted above
-                nursery.start_soon(lambda: collect(process.stderr, stderr, is_stdout=False))  # type: ignore[arg-type]  # asserted above
+                nursery.start_soon(lambda: collect(process.stdout, stdout, is_stdout=True))
+                nursery.start_soon(lambda: collect(process.stderr, stderr, is_stdout=False))
                 await process.wait()
     except trio.TooSlowError as exc:
         raise LabError(f"`{' '.join(command)}` took longer than {timeout_s:.0f} s: {_text(stderr)}") from exc
