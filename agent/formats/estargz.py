@@ -310,7 +310,9 @@ class _TocParser:
         inode = Inode(kind, mode & 0o7777, uid, gid, mtime_ns)
         xattrs = get("xattrs")
         if xattrs:
-            inode.xattrs = check_xattrs(((_encode(key), _decode_base64(value)) for key, value in xattrs.items()), path, self._tree)
+            inode.xattrs = check_xattrs(
+                ((_encode(key), _decode_base64(value)) for key, value in xattrs.items()), path, self._tree
+            )
         return inode
 
     def _add_chunk(self, get: Any) -> None:

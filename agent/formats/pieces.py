@@ -14,7 +14,9 @@ PIECE_BYTES: Final = 1 << 20
 """20 ms at 400 Mbit/s, one round trip of a usual link: less would pay for requests, more would make a reader wait."""
 
 
-def cut_pieces(chunks: ChunkTable, blob_size: int, index_start: int, target: int = PIECE_BYTES, *, prefetch_stop: int = -1) -> PieceTable:
+def cut_pieces(
+    chunks: ChunkTable, blob_size: int, index_start: int, target: int = PIECE_BYTES, *, prefetch_stop: int = -1
+) -> PieceTable:
     """Cut a blob whose chunks lie before `index_start`; `index_start == blob_size` means that the index is elsewhere."""
     starts, first_chunk = array("Q", [0]), array("I", [0])
     piece_start, last, cut_at = 0, -1, prefetch_stop

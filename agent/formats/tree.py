@@ -254,7 +254,13 @@ def check_xattrs(pairs: Iterable[tuple[bytes, bytes]], path: bytes, tree: TreeBu
         area += 8 + len(name) + len(value)
         if name not in _ACLS and not (name.startswith(_STORABLE) and not name.startswith(b"trusted.overlay.")):
             reason = "its namespace cannot be kept"
-        elif len(name) > MAX_NAME_BYTES or len(value) > MAX_XATTR_VALUE or area > MAX_XATTR_AREA or b"\0" in name or name in _STORABLE:
+        elif (
+            len(name) > MAX_NAME_BYTES
+            or len(value) > MAX_XATTR_VALUE
+            or area > MAX_XATTR_AREA
+            or b"\0" in name
+            or name in _STORABLE
+        ):
             reason = "its size or name is out of bounds"
         else:
             kept[name] = value

@@ -112,7 +112,13 @@ def describe(root: Inode, volume: bytes) -> dict[str, dict[str, Any]]:
             folder, name = key.rsplit("/", 1)
             out[f"{folder}/.wh.{name}"] = {"type": "whiteout"}
             continue
-        entry: dict[str, Any] = {"type": KINDS[inode.kind], "mode": inode.mode, "uid": inode.uid, "gid": inode.gid, "mtime_ns": inode.mtime_ns}
+        entry: dict[str, Any] = {
+            "type": KINDS[inode.kind],
+            "mode": inode.mode,
+            "uid": inode.uid,
+            "gid": inode.gid,
+            "mtime_ns": inode.mtime_ns,
+        }
         if inode.kind is InodeKind.FILE:
             data = volume[inode.volume_offset : inode.volume_offset + inode.size] if inode.size else b""
             entry |= {"size": inode.size, "sha256": hashlib.sha256(data).hexdigest()}
