@@ -456,13 +456,17 @@ class StoredLayer:
             self._piece_map.sync()
             self._piece_doubt.sync()
 
-    def close(self) -> None:
-        """End all use: later calls that touch the disk raise StoreError, tests of bits still answer."""
+    def close(self, *, unmap: bool = False) -> None:
+        """End all use: later calls that touch the disk raise StoreError. Tests of bits still answer unless `unmap` ends them too."""
         with self._gate.exclusive():
             if not self._is_closed:
                 self._is_closed = True
                 os.close(self._data_fd)
                 os.close(self._blob_fd)
+            if unmap:
+                self._presence.close()
+                self._piece_map.close()
+                self._piece_doubt.close()
 
     @contextmanager
     def _shared(self, doing: str) -> Iterator[None]:

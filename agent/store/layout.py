@@ -144,7 +144,9 @@ class LayerPaths:
         )
 
 
-def write_layer(root: Path, digest: Digest, index: LayerIndex, meta_image: bytes, extra: dict[str, str | int]) -> None:
+def write_layer(
+    root: Path, digest: Digest, index: LayerIndex, meta_image: bytes | bytearray, extra: dict[str, str | int]
+) -> None:
     """Write all files of a new layer into the empty directory `root`, durably.
 
     Raises:

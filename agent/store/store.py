@@ -5,6 +5,7 @@ Files below its path::
     format, lock, boot      see `boot.py`
     catalogue.sqlite        see `catalogue.py`
     layers/<hex>/           see `layout.py`
+    reserve                 see `reserve.py`
     temporary/              layers being made or removed; emptied at start
     quarantine/<hex>/       layers that turned out broken at start, without their large files
 """
@@ -27,8 +28,9 @@ from agent.store import layout, scrubbing
 from agent.store.boot import StoreLock, current_boot_id, read_boot, write_boot
 from agent.store.catalogue import Catalogue
 from agent.store.eviction import LayerFacts, bytes_to_free, plan_eviction
-from agent.store.layer import StoredLayer
+from agent.store.layer import FULL, StoredLayer
 from agent.store.layout import BrokenLayer
+from agent.store.reserve import give_up_reserve, take_reserve
 from agent.store.scrubbing import ScrubProgress, ScrubReport
 
 log = structlog.get_logger()
@@ -102,13 +104,15 @@ class Store:
             known = self._layers.get(digest)
             if known is not None:
                 return known
-            made = await self._in_disk_thread(self._make_layer, digest, index, bytes(meta_image), dict(extra))
+            made = await self._in_disk_thread(self._make_layer, digest, index, meta_image, dict(extra))
             self._layers[digest] = made
         self._making.pop(digest, None)  # whoever comes now finds the layer
         self._to_index_send.send_nowait(digest)
         return made
 
-    def _make_layer(self, digest: Digest, index: LayerIndex, meta_image: bytes, extra: dict[str, str | int]) -> StoredLayer:
+    def _make_layer(
+        self, digest: Digest, index: LayerIndex, meta_image: bytes | bytearray, extra: dict[str, str | int]
+    ) -> StoredLayer:
         target = self._root_of(digest)
         work = Path(tempfile.mkdtemp(prefix=target.name[:12] + ".", dir=self.path / "temporary"))
         try:
@@ -163,8 +167,11 @@ class Store:
 
     async def find_chunks(self, digests: Sequence[bytes]) -> list[tuple[StoredLayer, int] | None]:
         """`find_chunk` for many at once, in their order."""
+        return await self._in_db_thread(self._find_present, digests)
+
+    def _find_present(self, digests: Sequence[bytes]) -> list[tuple[StoredLayer, int] | None]:
         found: list[tuple[StoredLayer, int] | None] = [None] * len(digests)
-        for at, digest, chunk in await self._in_db_thread(self._catalogue.find_chunks, digests):
+        for at, digest, chunk in self._catalogue.find_chunks(digests):
             layer = self._layers.get(digest)
             if layer is None or found[at] is not None or chunk >= len(layer.chunks):
                 continue
@@ -185,8 +192,8 @@ class Store:
         owners.discard(owner)
         if not owners:
             self._pins.pop(digest, None)
-        await self._in_db_thread(self._catalogue.unpin, digest, owner)
         self._look.set()
+        await self._in_db_thread(self._catalogue.unpin, digest, owner)
 
     def pins(self, digest: Digest) -> frozenset[str]:
         """Who has pinned a layer."""
@@ -276,6 +283,7 @@ class Store:
                         log.warning("store_over_quota", usage_bytes=usage, quota_bytes=self.quota_bytes, freed_bytes=freed)
                 except StoreError as exc:
                     log.error("eviction_failed", reason=str(exc))
+            await self._in_disk_thread(take_reserve, self.path)
             await self._look.wait()
             self._look = trio.Event()
 
@@ -353,6 +361,14 @@ class Store:
         return await _in_thread(self._disk, call, *args)
 
     async def _in_db_thread(self, call: Callable[..., Result], *args: object) -> Result:
+        try:
+            return await _in_thread(self._db, call, *args)
+        except StoreError as exc:
+            if exc.errno not in FULL:
+                raise
+            self._note_full()
+            if not await _in_thread(self._disk, give_up_reserve, self.path):
+                raise
         return await _in_thread(self._db, call, *args)
 
     def _load(self, *, is_unclean: bool, is_dirty: bool) -> None:
@@ -378,6 +394,7 @@ class Store:
 
     def _close_layers(self) -> bool:
         """Make everything durable and close it; whether that succeeded for all."""
+        give_up_reserve(self.path)
         is_clean = True
         try:
             self._catalogue.note_used([(layer.digest, layer.last_used_s) for layer in self._layers.values()])
@@ -390,7 +407,7 @@ class Store:
             except StoreError as exc:
                 is_clean = False
                 log.error("layer_not_closed_cleanly", layer=layer.digest, reason=str(exc))
-            layer.close()
+            layer.close(unmap=True)
         self._catalogue.close()
         return is_clean
 
@@ -423,6 +440,7 @@ async def open_store(
     opening = trio.CapacityLimiter(1)
     lock = await _in_thread(opening, StoreLock, path)
     try:
+        await _in_thread(opening, give_up_reserve, path)
         last_boot, was_clean = await _in_thread(opening, read_boot, path)
         is_unclean = not was_clean and last_boot != boot_id and (path / "layers").exists()
         catalogue = await _in_thread(opening, lambda: Catalogue(path / "catalogue.sqlite", is_unclean=is_unclean))
