@@ -37,9 +37,12 @@ class Lab:
         """The same image's reference as the host writes it, past the link."""
         return f"{self.registry.address}/{name}"
 
-    async def start_node(self, name: str, *, with_agent: bool = True, extra: Sequence[str] = ()) -> Node:
-        """Bring up a node; its agent joins the fleet through the nodes that run already."""
-        bootstrap = [node.multiaddr() for node in self.nodes.values() if node.agent is not None and node.agent.is_running()]
+    async def start_node(
+        self, name: str, *, with_agent: bool = True, bootstrap: Sequence[str] | None = None, extra: Sequence[str] = ()
+    ) -> Node:
+        """Bring up a node; its agent joins the fleet through `bootstrap`, by default all nodes that run already."""
+        if bootstrap is None:
+            bootstrap = [node.multiaddr() for node in self.nodes.values() if node.agent is not None and node.agent.is_running()]
         node = await self.stack.enter_async_context(
             open_node(self.folder, self.hosts[name], containerd_binary=self.containerd_binary, snapshotters=self.snapshotters)
         )
@@ -70,7 +73,7 @@ async def open_lab(
         secret.write_text(secrets.token_hex(32) + "\n")
         async with (
             open_registry(folder) as registry,
-            open_link(folder, registry, hosts, round_trip_s=round_trip_s, rate_bps=rate_bps) as link,
+            open_link(folder, registry, hosts, round_trip_s=round_trip_s, rate_bps=rate_bps, for_host=bool(snapshotters)) as link,
             AsyncExitStack() as stack,
         ):
             by_name = {host.name: host for host in hosts}

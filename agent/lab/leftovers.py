@@ -72,7 +72,7 @@ def _lock(lab: Path) -> Iterator[bool]:
 def remove_lab(lab: Path) -> None:
     """End and remove everything that belongs to the lab; what is already gone is no error."""
     _end_processes(lab)
-    _unmount_all(lab)
+    unmount_below(lab)
     _remove_cgroups(lab)
     _remove_netns(lab)
     shutil.rmtree(lab, ignore_errors=True)
@@ -115,9 +115,10 @@ def _is_zombie(pid: int) -> bool:
         return True
 
 
-def _unmount_all(lab: Path) -> None:
+def unmount_below(folder: Path) -> None:
+    """Unmount everything below a folder, lazily where it is busy."""
     libc = ctypes.CDLL(None, use_errno=True)
-    prefix = os.fsencode(lab) + b"/"
+    prefix = os.fsencode(folder) + b"/"
     for _round in range(5):  # a mount may be hidden under another
         points = []
         for line in Path("/proc/self/mountinfo").read_bytes().splitlines():

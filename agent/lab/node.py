@@ -1,6 +1,8 @@
 """One node of a lab: its network namespace, its containerd, its Shoal agent."""
 
+import platform
 import re
+import shutil
 import signal
 import sys
 import time
@@ -13,9 +15,10 @@ import attrs
 import trio
 
 from agent.admin.client import call
-from agent.lab.leftovers import lab_name
+from agent.lab.leftovers import lab_name, unmount_below
 from agent.lab.network import Host
 from agent.lab.processes import Child, Finished, LabError, run_command, socket_answers, start
+from agent.lab.processes import call as call_tool
 
 CONTROL_PORT: Final = 4405
 DATA_PORT: Final = 4406
@@ -42,6 +45,17 @@ address = "{address}.ttrpc"
 _PROXY_PLUGIN: Final = """  [proxy_plugins.{name}]
   type = "snapshot"
   address = "{address}"
+"""
+
+
+# containerd 2 pulls through its transfer service, which unpacks only with what is listed here and tells a proxy the image only if
+# the plugin's exports say so.
+_EXPORTS: Final = """  [proxy_plugins.{name}.exports]
+  enable_remote_snapshot_annotations = "true"
+"""
+_UNPACK: Final = """[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+platform = "linux/{machine}"
+snapshotter = "{name}"
 """
 
 
@@ -101,8 +115,13 @@ class Node:
         self.folder.mkdir(exist_ok=True)
         config = self.folder / "containerd.toml"
         text = _CONTAINERD.format(root=self.folder / "containerd", state=self.folder / "containerd-state", address=self.address)
-        for name, socket in {"shoal": self.run_dir / "containerd.sock", **self.snapshotters}.items():
-            text += _PROXY_PLUGIN.format(name=name, address=socket)
+        has_transfer = not re.search(r" v?1\.", call_tool(self._tool("containerd"), "--version"))
+        proxies = {"shoal": self.run_dir / "containerd.sock", **self.snapshotters}
+        for name, socket in proxies.items():
+            text += _PROXY_PLUGIN.format(name=name, address=socket) + (_EXPORTS.format(name=name) if has_transfer else "")
+        if has_transfer:
+            machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+            text += "".join(_UNPACK.format(name=name, machine=machine) for name in ("overlayfs", *proxies))
         config.write_text(text)
         argv: list[str | Path] = [*self.host.enter(), self._tool("containerd"), "--config", config, "--log-level", "warn"]
         self.containerd = start(f"containerd of {self.name}", argv, self.folder / "containerd.log", dies_with_us=False)
@@ -204,6 +223,12 @@ class Node:
             if self.agent.is_running():
                 await self.agent.stop(signal.SIGTERM)
             await run_command([*shoal(), "fsmount", "--stop", "--run-dir", str(self.run_dir)], timeout_s=15, check=False)
+
+    async def wipe(self) -> None:
+        """Stop everything and forget everything: the next start is that of a new machine."""
+        await self.stop()
+        unmount_below(self.folder)
+        await trio.to_thread.run_sync(shutil.rmtree, self.folder, True)
 
 
 def shoal() -> list[str]:

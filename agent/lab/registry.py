@@ -158,12 +158,25 @@ class RegistryLink:
 
 @asynccontextmanager
 async def open_link(
-    lab: Path, registry: Registry, hosts: Sequence[Host], *, round_trip_s: float = 0.02, rate_bps: float = 400e6
+    lab: Path,
+    registry: Registry,
+    hosts: Sequence[Host],
+    *,
+    round_trip_s: float = 0.02,
+    rate_bps: float = 400e6,
+    for_host: bool = False,
 ) -> AsyncIterator[RegistryLink]:
-    """The link between all hosts and the registry. `rate_bps` is in bits a second, shared by all; 0 is unlimited."""
+    """The link between all hosts and the registry. `rate_bps` is in bits a second, shared by all; 0 is unlimited.
+
+    With `for_host` the machine itself reaches the registry through the link too, at the same address as the nodes: for programs
+    that somebody else runs outside the lab.
+    """
     control = lab / "link.sock"
     sources = {host.name: source_address(number) for number, host in enumerate(hosts, 1)}
     listens = [f"--listen={host.name}={host.netns},{NODE_REGISTRY},{sources[host.name]}" for host in hosts]
+    if for_host:
+        sources["host"] = source_address(len(hosts) + 1)
+        listens.append(f"--listen=host=,{NODE_REGISTRY},{sources['host']}")
     argv = [sys.executable, "-m", "agent.lab.link", "--target", registry.address, "--control", str(control)]
     argv += ["--round-trip", str(round_trip_s), "--rate", str(rate_bps / 8), *listens]
     async with running(start("link", argv, lab / "link.log")) as child:
