@@ -63,7 +63,12 @@ def layer_labels(
     image_ref: str, manifest_digest: str, layers: list[str], at: int, annotations: Mapping[str, str]
 ) -> dict[str, str]:
     """The labels that containerd's own clients attach to layer `layers[at]` (AppendInfoHandlerWrapper), for our own pull."""
-    labels = {key: value for key, value in annotations.items() if key.startswith("containerd.io/snapshot/")}
+    labels = {
+        key: value
+        for key, value in annotations.items()
+        # An image must not choose whom its files are mapped to (containerd's unpacker drops these two as well).
+        if key.startswith("containerd.io/snapshot/") and not key.endswith(("/uidmapping", "/gidmapping"))
+    }
     rest: list[str] = []
     room = MAX_LABEL_BYTES - len(IMAGE_LAYERS)
     for digest in layers[at:]:

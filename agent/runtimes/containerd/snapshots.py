@@ -51,8 +51,8 @@ _COLUMNS: Final = (
     " FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent"
 )
 
-_CHAIN: Final = (  # noqa: S608 made of constants
-    "WITH RECURSIVE chain (id, depth) AS ("
+_CHAIN: Final = (
+    "WITH RECURSIVE chain (id, depth) AS ("  # noqa: S608 made of constants
     " SELECT id, 0 FROM snapshots WHERE name = ?"
     " UNION ALL SELECT snapshots.parent, depth + 1 FROM chain JOIN snapshots ON snapshots.id = chain.id"
     " WHERE snapshots.parent IS NOT NULL)"

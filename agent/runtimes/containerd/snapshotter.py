@@ -30,6 +30,7 @@ import structlog
 import trio
 
 from agent.errors import ShoalError, StoreError
+from agent.formats.model import parse_digest
 from agent.registry.manifests import Descriptor
 from agent.registry.references import ImageReference
 from agent.runtimes.containerd.filters import parse_filters
@@ -439,7 +440,7 @@ def _asked(wanted: WantedLayer) -> tuple[ImageReference | None, Descriptor, list
         image = ImageReference.parse(wanted.image_ref)
         if manifest := wanted.labels.get(MANIFEST_DIGEST):
             # The tag may have moved since containerd resolved it.
-            image = attrs.evolve(image, digest=manifest)
+            image = attrs.evolve(image, digest=parse_digest(manifest))
     return (
         image,
         Descriptor("", wanted.digest, 0, annotations=dict(wanted.labels)),

@@ -1,93 +1,17 @@
-"""What the containerd tests share: the pinned containerd, a layer service over plain directories, a served snapshotter."""
+"""Fixtures of the containerd tests: private folders, the pinned containerd, running containerds."""
 
 import contextlib
-import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
-import attrs
 import pytest
 
-from agent.errors import ShoalError
-from agent.registry.manifests import Descriptor
-from agent.registry.references import ImageReference
-from agent.runtimes.containerd.service import serve_snapshots
-from agent.runtimes.containerd.snapshotter import Snapshotter, open_snapshotter
-
-REPOSITORY = Path(__file__).resolve().parents[3]
-
-
-@attrs.frozen
-class MountedDirectory:
-    name: str
-    path: Path
-    presentation: str = "bind"
-    is_lazy: bool = True
-
-
-class DirectoryLayers:
-    """A layer service whose layers are directories on this machine, mounted by a read-only bind as the real ones are mounted."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.directories: dict[str, Path] = {}
-        self.asked: list[tuple[ImageReference | None, Descriptor, list[str]]] = []
-        self.failures: dict[str, ShoalError] = {}
-        self.mounted: set[str] = set()
-
-    def add(self, digest: str, directory: Path) -> None:
-        self.directories[digest.removeprefix("sha256:")] = directory
-
-    async def prepare(
-        self, image: ImageReference | None, layer: Descriptor, neighbours: Sequence[Descriptor] = ()
-    ) -> MountedDirectory:
-        self.asked.append((image, layer, [n.digest for n in neighbours]))
-        name = layer.digest.removeprefix("sha256:")
-        return MountedDirectory(name, await self.restore(name))
-
-    async def restore(self, name: str) -> Path:
-        if name in self.failures:
-            raise self.failures[name]
-        if name not in self.directories:
-            raise ShoalError(f"no layer {name}")
-        path = self.run_dir / name
-        if name not in self.mounted:
-            path.mkdir(exist_ok=True)
-            subprocess.run(["mount", "--bind", self.directories[name], path], check=True)
-            subprocess.run(["mount", "-o", "remount,bind,ro", path], check=True)
-            self.mounted.add(name)
-        return path
-
-    async def release(self, name: str) -> None:
-        if name in self.mounted:
-            subprocess.run(["umount", self.run_dir / name], check=True)
-            self.mounted.remove(name)
-
-    def cached_bytes(self, name: str) -> int:
-        return 12345
-
-    def unmount_all(self) -> None:
-        for name in sorted(self.mounted):
-            subprocess.run(["umount", "-l", self.run_dir / name], check=False)
-        self.mounted.clear()
-
-
-@attrs.frozen
-class Served:
-    snapshotter: Snapshotter
-    layers: DirectoryLayers
-    socket: Path
-
-
-@asynccontextmanager
-async def served(folder: Path, layers: DirectoryLayers, **options: float) -> AsyncIterator[Served]:
-    socket = folder / "shoal.sock"
-    async with open_snapshotter(folder / "state", layers, **options) as snapshotter, serve_snapshots(snapshotter, socket):
-        yield Served(snapshotter, layers, socket)
+from tests.containerd_image import SampleImage, make_image
+from tests.containerd_process import ContainerdBinaries, system_containerd
+from tests.containerd_service import REPOSITORY, DirectoryLayers
 
 
 @pytest.fixture
@@ -119,5 +43,18 @@ def containerd_tools() -> Path:
     pytest.skip("no Go tools: run `make setup-test`")
 
 
-def clean_environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if not key.startswith("CONTAINERD")}
+@pytest.fixture(scope="session")
+def sample_image(tmp_path_factory: pytest.TempPathFactory) -> SampleImage:
+    """Three layers and a program that reads a file of each of the upper two."""
+    return make_image(tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture(params=["containerd-1", "containerd-2"])
+def binaries(request: pytest.FixtureRequest) -> ContainerdBinaries:
+    """Every test with it runs on Debian's containerd 1.x and on the pinned 2.x."""
+    if request.param == "containerd-2":
+        return ContainerdBinaries(2, request.getfixturevalue("containerd_tools"))
+    found = system_containerd()
+    if found is None:
+        pytest.skip("no containerd 1.x on this machine: apt-get install containerd runc")
+    return found

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from .conftest import DirectoryLayers, clean_environment, served
+from tests.containerd_service import DirectoryLayers, clean_environment, served
 
 SUITE_S = 100
 
