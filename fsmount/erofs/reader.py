@@ -11,9 +11,7 @@ entries as an image of this size can hold without overlaps (overlapping director
 import struct
 from collections.abc import Iterator
 from mmap import mmap
-from typing import Final
-
-import attrs
+from typing import Final, NamedTuple
 
 from fsmount.erofs.layout import (
     BLOCK,
@@ -55,8 +53,7 @@ _SMALLEST_ENTRY: Final = DIRENT_SIZE + 1
 _UINT16: Final = struct.Struct("<H")
 
 
-@attrs.frozen
-class InodeView:
+class InodeView(NamedTuple):
     """What stat tells of an inode; `mode` has the type bits."""
 
     kind: FileKind
@@ -69,8 +66,7 @@ class InodeView:
     nlink: int
 
 
-@attrs.frozen
-class _Raw:
+class _Raw(NamedTuple):
     """An inode with the places of its parts."""
 
     view: InodeView
