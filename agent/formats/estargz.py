@@ -10,15 +10,16 @@ whole TOC has no `chunk` entry.
 """
 
 import binascii
+import itertools
 import json
 import re
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import attrs
 from isal import isal_zlib
 
+from agent.formats.inflate import InflateError
 from agent.formats.layout import lay_out
 from agent.formats.model import (
     MAX_CHUNK_BYTES,
@@ -119,14 +120,14 @@ def unpack_toc(compressed: bytes, toc_digest: Digest | None = None) -> bytes:
     archive = _inflate(compressed, MAX_INDEX_BYTES + (1 << 20))
     at = 0
     while at + 512 <= len(archive):
-        header = archive[at : at + 512]
+        header = bytes(archive[at : at + 512])
         if not any(header):
             break
         try:
-            size = int(bytes(header[124:136]).strip(b" \0") or b"0", 8)
+            size = int(header[124:136].strip(b" \0") or b"0", 8)
         except ValueError as exc:
             raise FormatError("the TOC's tar header has no size") from exc
-        name = bytes(header[:100]).split(b"\0", 1)[0].removeprefix(b"./").removeprefix(b"/")
+        name = header[:100].split(b"\0", 1)[0].removeprefix(b"./").removeprefix(b"/")
         at += 512
         if size < 0 or at + size > len(archive):
             raise FormatError("the TOC ends before its size")
@@ -154,7 +155,7 @@ def _inflate(data: bytes, limit: int) -> memoryview:
                     raise FormatError(f"a TOC of more than {limit} bytes")
                 if not part and not rest and not inflater.eof:
                     raise FormatError("the compressed TOC is cut short")
-        except isal_zlib.error as exc:
+        except InflateError as exc:
             raise FormatError(f"the TOC is no gzip: {exc}") from exc
         rest = inflater.unused_data
         if rest and not rest.startswith(b"\x1f\x8b"):
@@ -221,8 +222,12 @@ class _TocParser:
         self._filled = 0
         self._landmark = self._no_landmark = -1
 
-    def parse(self, entries: Sequence[Any]) -> LayerIndex:
-        for entry in entries:
+    def parse(self, entries: list[Any]) -> LayerIndex:
+        """Takes the entries out of the list, so that they and what is made of them are not both held: 100,000 are 80 MB."""
+        count = len(entries)
+        entries.reverse()
+        while entries:
+            entry = entries.pop()
             try:
                 self._add(entry)
             except (KeyError, TypeError, AttributeError) as exc:
@@ -237,9 +242,7 @@ class _TocParser:
         volume_size = lay_out(files, chunks)
         prefetch_stop = 0 if self._no_landmark >= 0 else self._landmark
         pieces = cut_pieces(chunks, self._blob_size, self._data_stop, prefetch_stop=prefetch_stop)
-        return LayerIndex(
-            "estargz", "gzip", root, chunks, pieces, volume_size, len(entries), prefetch_stop, tuple(self._tree.warnings)
-        )
+        return LayerIndex("estargz", "gzip", root, chunks, pieces, volume_size, count, prefetch_stop, tuple(self._tree.warnings))
 
     def _add(self, entry: Any) -> None:
         get = entry.get
@@ -357,16 +360,17 @@ class _TocParser:
         """The chunk table of the living files in blob order; `files` is put in that order and bound to it."""
         offsets, inners, sizes, digests = self._offsets, self._inners, self._sizes, self._digests
         starts = sorted({*offsets, *self._hidden, self._data_stop})
-        length_of = dict(zip(starts, (after - start for start, after in zip(starts, starts[1:], strict=False)), strict=False))
+        length_of = dict(zip(starts, (after - start for start, after in itertools.pairwise(starts)), strict=False))
         files.sort(key=lambda inode: (offsets[inode.first_chunk], inners[inode.first_chunk]))
         table = ChunkTable()
         # What an earlier file has claimed: a second one may share all of its chunks (same place, size, digest), not some.
         shared: dict[tuple[int, int], tuple[int, int, int]] = {}
-        last_offset, last_end, order = -1, 0, []
+        last_offset, last_end = -1, 0
+        order: list[int] = []
         for inode in files:
             source, first = inode.first_chunk, len(table.size) + len(order)
             offset, inner = offsets[source], inners[source]
-            if offset == last_offset and inner < last_end or offset < last_offset:
+            if (offset == last_offset and inner < last_end) or offset < last_offset:
                 twin = shared.get((offset, inner))
                 if twin is None or not self._is_twin(twin, source, inode.chunk_count):
                     raise FormatError(f"two files overlap in the blob at {offset} (inner {inner})")
@@ -376,7 +380,7 @@ class _TocParser:
             inode.first_chunk = first
             for number in range(source, source + inode.chunk_count):
                 offset, inner = offsets[number], inners[number]
-                if offset < last_offset or offset == last_offset and inner < last_end:
+                if offset < last_offset or (offset == last_offset and inner < last_end):
                     raise FormatError(f"a chunk at {offset} (inner {inner}) lies before the one it follows")
                 last_offset, last_end = offset, inner + sizes[number]
                 if last_end > length_of[offset] * _MAX_RATIO + _RATIO_SLACK:

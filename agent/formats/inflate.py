@@ -5,14 +5,17 @@ bounded size, whatever the input promises.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from isal import isal_zlib
 
 from agent.formats.model import FormatError
 
 if TYPE_CHECKING:
-    import zstandard
+    pass
+
+InflateError: Final = cast("type[Exception]", isal_zlib.IsalError)
+"""What isal raises; its type stub calls the class an instance."""
 
 _STEP: Final = 1 << 20
 _ZSTD_SLICE: Final = 1 << 10
@@ -45,40 +48,40 @@ class GzipInflater:
     """gzip members one after another; zeros behind the last one are padding (tape blocks), anything else is an error."""
 
     def __init__(self) -> None:
-        self._member = isal_zlib.decompressobj(31)
-        self._is_fresh = True
+        self._member: isal_zlib.Decompress | None = None
+        self._has_ended = False
         self._is_padding = False
 
     def feed(self, data: memoryview) -> Iterator[bytes]:
         """The output of the next input, in parts."""
         rest: bytes | memoryview = data
         while rest:
-            if self._is_fresh and (self._is_padding or (self._member is None and rest[0] == 0)):
-                if any(rest):
-                    raise FormatError("bytes that are no gzip behind the last member")
-                self._is_padding = True
-                return
-            if self._member is None:
-                self._member = isal_zlib.decompressobj(31)
-            self._is_fresh = False
+            member = self._member
+            if member is None:
+                if self._has_ended and (self._is_padding or rest[0] == 0):
+                    if any(rest):
+                        raise FormatError("bytes that are no gzip behind the last member")
+                    self._is_padding = True
+                    return
+                member = self._member = isal_zlib.decompressobj(31)
             try:
-                part = self._member.decompress(rest, _STEP)
+                part = member.decompress(rest, _STEP)
                 while True:
                     if part:
                         yield part
-                    if self._member.eof or (len(part) < _STEP and not self._member.unconsumed_tail):
+                    if member.eof or (len(part) < _STEP and not member.unconsumed_tail):
                         break
-                    part = self._member.decompress(self._member.unconsumed_tail, _STEP)
-            except isal_zlib.error as exc:
+                    part = member.decompress(member.unconsumed_tail, _STEP)
+            except InflateError as exc:
                 raise FormatError(f"the layer is no valid gzip: {exc}") from exc
-            if not self._member.eof:
+            if not member.eof:
                 return
-            rest = self._member.unused_data
-            self._member, self._is_fresh = None, True
+            rest = member.unused_data
+            self._member, self._has_ended = None, True
 
     def finish(self) -> None:
         """Raises FormatError in the middle of a member."""
-        if not self._is_fresh or self._member is not None:
+        if self._member is not None or not self._has_ended:
             raise FormatError("the gzip of the layer is cut short")
 
 

@@ -17,6 +17,7 @@ from typing import Final
 
 from isal import isal_zlib
 
+from agent.formats.inflate import InflateError
 from agent.formats.model import ChunkTable, FormatError
 
 _GZIP: Final = 31
@@ -77,7 +78,7 @@ class PieceDecoder:
             view = view[len(part) :]
             try:
                 is_finished = self._inflate(part, done)
-            except isal_zlib.error as exc:
+            except InflateError as exc:
                 raise FormatError(f"bad gzip member at {self._member_start}: {exc}") from exc
             if is_finished:
                 self._enter_member()

@@ -404,7 +404,7 @@ def _has_checksum(block: bytes) -> bool:
     if stated == 256 + sum(block[:148]) + sum(block[156:]):
         return True
     # Some old tars summed signed bytes.
-    signed = struct.unpack("148b8x356b", block)
+    signed: tuple[int, ...] = struct.unpack("148b8x356b", block)
     return stated == 256 + sum(signed)
 
 

@@ -143,7 +143,7 @@ class TreeBuilder:
             path = path[2:]
         directory, _, name = (path[:-1] if path.endswith(b"/") else path).rpartition(b"/")
         parent = self._parents.get(directory, self.root)
-        if parent is self.root and directory or name in (b"", b".", b"..") or len(name) > MAX_NAME_BYTES or b"\0" in name:
+        if (parent is self.root and directory) or name in (b"", b".", b"..") or len(name) > MAX_NAME_BYTES or b"\0" in name:
             components = self._clean(path)
             if not components:
                 return self.root, b""

@@ -58,7 +58,7 @@ def test_pieces_cover_the_blob_and_hold_whole_members(images: Any, tag: str) -> 
             assert start <= chunks.blob_offset[number]
             assert chunks.blob_offset[number] + chunks.blob_length[number] <= stop
             assert pieces.piece_of_chunk(number) == piece
-        if piece != pieces.index_piece and len(set(chunks.blob_offset[n] for n in pieces.chunks_of(piece))) > 1:
+        if piece != pieces.index_piece and len({chunks.blob_offset[n] for n in pieces.chunks_of(piece)}) > 1:
             assert stop - start <= 1 << 20
     assert len(pieces) > 3
 
