@@ -6,6 +6,9 @@ SHELL := /bin/bash
 
 ARGS ?=
 BIN := .venv/bin
+# flake8-async rules that are not for us: 119 also fires where no cancel scope is open (101 has the rest), 120 and 124 on code that is
+# meant, 127 advertises another HTTP library, 128 does not see wrappers of task_status, 900 and up need checkpoints in every function.
+ASYNC_OFF := ASYNC119,ASYNC120,ASYNC124,ASYNC127,ASYNC128,ASYNC240,ASYNC900,ASYNC910,ASYNC911,ASYNC912,ASYNC913
 PYTEST := $(BIN)/python -m pytest
 
 help: ## this list
@@ -32,7 +35,7 @@ check-format: setup
 check-lint: setup
 	@$(BIN)/ruff check --output-format concise .
 check-async: setup
-	@$(BIN)/flake8-async --enable=ASYNC1,ASYNC2,ASYNC3 $$(git ls-files -co --exclude-standard 'agent/*.py' 'fsmount/*.py' | grep -v '_pb2')
+	@$(BIN)/flake8-async --enable=ASYNC --disable=$(ASYNC_OFF) $$(git ls-files -co --exclude-standard 'agent/*.py' 'fsmount/*.py' | grep -v '_pb2')
 check-types: setup
 	@$(BIN)/mypy
 check-imports: setup

@@ -110,7 +110,7 @@ async def running(child: Child, *, number: int = signal.SIGTERM, grace_s: float 
     try:
         yield child
     finally:
-        await child.stop(number, grace_s)
+        await child.stop(number, grace_s)  # noqa: ASYNC102 - shields itself, and is bounded by SIGKILL
 
 
 @attrs.frozen

@@ -126,7 +126,7 @@ async def open_registry(lab: Path) -> AsyncIterator[Registry]:
     try:
         yield registry
     finally:
-        await registry.stop()
+        await registry.stop()  # noqa: ASYNC102 - shields itself, and is bounded by SIGKILL
 
 
 def source_address(number: int) -> str:
