@@ -1,0 +1,271 @@
+"""The command line `shoal`.
+
+Client commands (`pull`, `mount`, `status`, …) talk to a running agent and import next to nothing, so that they answer at once;
+`agent` and `demo` import what they need when they are called.
+
+Exit codes: 0 done; 1 it failed, the reason is on stderr; 2 the command line or a setting is wrong; 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agent import config
+from agent.errors import SettingsError, ShoalError
+
+DESCRIPTION = """Starts containers before their images are here: mounts lazy layers and gets each missing chunk from the other
+nodes of the fleet first, and from the registry last."""
+
+EPILOG = """examples:
+  shoal agent --fleet-secret-file /etc/shoal/secret --bootstrap-peers /dns4/shoal.kube-system/tcp/4405
+  shoal pull docker.io/library/python:3.12-esgz
+  shoal mount registry.example/app:1 /mnt/app && ls /mnt/app; shoal unmount /mnt/app
+  shoal status          what this node holds, serves and waits for
+  shoal doctor          what this machine can do, what is misconfigured, how to mend it
+
+`shoal COMMAND --help` tells more about each command."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; gives its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["demo"]:
+        # The demo has options of its own and must not be bothered with those of a node.
+        from agent.demo import main as demo_main  # noqa: PLC0415 - keeps other commands fast
+
+        return int(demo_main(arguments[1:]))
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        code: int = args.run(args)
+    except SettingsError as exc:
+        print(f"shoal: {exc}", file=sys.stderr)
+        return 2
+    except ShoalError as exc:
+        print(f"shoal: {exc}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shoal", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"shoal {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Any, help_text: str, settings: Sequence[str] | None = ("run_dir",)) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+        command.set_defaults(run=run)
+        config.add_flags(command, settings)
+        return command
+
+    add("agent", _agent, "run this node's agent in the foreground; starts fsmount where none runs", None)
+    fsmount = add(
+        "fsmount", _fsmount, "start, upgrade or stop the process that owns this node's mounts", ("run_dir", "read_deadline", "presentation")
+    )
+    what = fsmount.add_mutually_exclusive_group()
+    what.add_argument("--upgrade", action="store_true", help="let the installed version take over from the running one; readers wait, none fails")
+    what.add_argument("--stop", action="store_true", help="unmount everything and end it; containers that still use a layer get errors")
+    pull = add("pull", _pull, "bring an image into containerd lazily", ("run_dir",))
+    pull.add_argument("image", metavar="IMAGE", help="image reference, for example docker.io/library/python:3.12-esgz")
+    pull.add_argument("--namespace", default="default", help="containerd namespace; Kubernetes uses k8s.io (default: default)")
+    pull.add_argument("--quiet", "-q", action="store_true", help="print nothing but errors")
+    mount = add("mount", _mount, "mount an image's merged root, read-only, without any container runtime")
+    mount.add_argument("image", metavar="IMAGE", help="image reference")
+    mount.add_argument("directory", metavar="DIR", help="where; it is made if it is missing")
+    mount.add_argument("--quiet", "-q", action="store_true", help="print nothing but errors")
+    unmount = add("unmount", _unmount, "unmount what `shoal mount` mounted")
+    unmount.add_argument("directory", metavar="DIR", help="the directory given to `shoal mount`")
+    status = add("status", _status, "show what this node holds, serves and waits for")
+    status.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    peers = add("peers", _peers, "list the other nodes of the fleet that this node knows")
+    peers.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    scrub = add("scrub", _scrub, "hash everything cached again, drop what is damaged and fetch it anew")
+    scrub.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    doctor = add("doctor", _doctor, "tell what this machine can do, what is misconfigured, and how to mend it", None)
+    doctor.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    commands.add_parser("demo", help="bring up a small fleet on this machine and start a container on it", add_help=False)
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - 20 ms that only --version needs
+
+    if not any(word in sys.argv for word in ("--version", "agent", "doctor")):
+        return "unknown"
+    try:
+        return version("shoal")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _settings(args: argparse.Namespace) -> config.Settings:
+    return config.load_settings(vars(args), os.environ)
+
+
+def _agent(args: argparse.Namespace) -> int:
+    from agent.app import run_agent  # noqa: PLC0415 - imports libp2p
+
+    return run_agent(_settings(args), version=_version())
+
+
+def _fsmount(args: argparse.Namespace) -> int:
+    import trio  # noqa: PLC0415
+
+    from fsmount import link  # noqa: PLC0415
+
+    settings = _settings(args)
+
+    async def act() -> None:
+        if args.stop:
+            await link.stop_fsmount(settings.run_dir)
+            print(f"fsmount for {settings.run_dir} has ended")
+        elif args.upgrade:
+            pids = await link.upgrade_fsmount(settings.run_dir)
+            print(f"fsmount {pids['new_pid']} took over from {pids['old_pid']}")
+        else:
+            await link.start_fsmount(settings.run_dir, read_deadline_s=settings.read_deadline, presentation=settings.presentation)
+            print(f"fsmount serves {settings.run_dir}")
+
+    trio.run(act)
+    return 0
+
+
+class _Progress:
+    """Shows events of a long call: a bar per layer on a terminal, nothing otherwise."""
+
+    def __init__(self, title: str, *, quiet: bool) -> None:
+        self._title = title
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._shown = sys.stderr.isatty() and not quiet
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if not self._shown:
+            return
+        if self._bar is None:
+            from rich.console import Console  # noqa: PLC0415 - only on a terminal
+            from rich.progress import BarColumn, Progress, TextColumn  # noqa: PLC0415
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+        name = str(event.get("what", self._title))
+        if name not in self._tasks:
+            self._tasks[name] = self._bar.add_task(name, total=event.get("total") or None, state="")
+        self._bar.update(
+            self._tasks[name], completed=event.get("done", 0), total=event.get("total") or None, state=str(event.get("state", ""))
+        )
+
+
+def _call(args: argparse.Namespace, name: str, values: dict[str, object], title: str = "") -> Any:
+    from agent.admin.client import call  # noqa: PLC0415
+
+    with _Progress(title or name, quiet=getattr(args, "quiet", False)) as progress:
+        return call(_settings(args).run_dir, name, values, progress)
+
+
+def _pull(args: argparse.Namespace) -> int:
+    result = _call(args, "pull", {"image": args.image, "namespace": args.namespace}, args.image)
+    if not args.quiet:
+        print(
+            f"{result['image']} is ready in containerd (namespace {args.namespace}): {result['layers']} layers, "
+            f"{result['lazy']} of them lazy, in {result['seconds']:.2f} s"
+        )
+    return 0
+
+
+def _mount(args: argparse.Namespace) -> int:
+    directory = Path(args.directory).absolute()
+    result = _call(args, "mount", {"image": args.image, "directory": str(directory)}, args.image)
+    if not args.quiet:
+        print(f"{result['image']} is mounted at {directory} ({result['layers']} layers, {result['presentation']}) in {result['seconds']:.2f} s")
+    return 0
+
+
+def _unmount(args: argparse.Namespace) -> int:
+    _call(args, "unmount", {"directory": str(Path(args.directory).absolute())})
+    return 0
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return ""
+
+
+def _status(args: argparse.Namespace) -> int:
+    status = _call(args, "status", {})
+    if args.json:
+        print(json.dumps(status, indent=2, sort_keys=True))
+        return 0
+    fetched, pids = status["bytes"], status["pids"]
+    print(f"agent {status['version']}, up {status['uptime_s']:.0f} s; processes: agent {pids['agent']}, fsmount {pids['fsmount']}, holder {pids['holder']}")
+    print(f"fleet: {status['fleet']}; peer id {status['peer_id'] or 'none'}; {status['peers']} peers connected")
+    print(f"layers: {len(status['layers'])} known, shown as {status['presentation'] or 'nothing yet'}; cache {_size(status['cache_disk_bytes'])} of {_size(status['cache_quota']) if status['cache_quota'] else 'unlimited'}")
+    print(f"fetched: {_size(fetched['peers'])} from peers, {_size(fetched['registry'])} from registries, {_size(fetched['cache'])} found on this node; {status['chunks_verified']} chunks verified")
+    print(f"served to peers: {_size(status['served_bytes'])}; reads that had to wait: {status['demand_waits']}; reads that failed: {status['failed_reads']}")
+    for layer in status["layers"]:
+        share = layer["pieces_held"] / max(1, layer["pieces"])
+        print(f"  {layer['digest'][7:19]} {share:4.0%} of {_size(layer['blob_size']):>10}  {layer['format']:<12} {layer['image']}")
+    for problem in status["problems"]:
+        print(f"problem: {problem}")
+    return 0
+
+
+def _peers(args: argparse.Namespace) -> int:
+    peers = _call(args, "peers", {})
+    if args.json:
+        print(json.dumps(peers, indent=2, sort_keys=True))
+        return 0
+    if not peers:
+        print("no peers; `shoal doctor` tells why a node may be alone")
+    for peer in peers:
+        print(f"{peer['peer_id']}  data {peer['data_address'] or '?'}  {peer['rtt_ms'] or '?'} ms  zone {peer['zone'] or '-'}  holds {peer['blobs']} blobs we asked for")
+    return 0
+
+
+def _scrub(args: argparse.Namespace) -> int:
+    report = _call(args, "scrub", {}, "scrubbing")
+    if args.json:
+        print(json.dumps(report, indent=2, sort_keys=True))
+        return 0
+    print(f"hashed {report['chunks']} chunks ({_size(report['bytes'])}) of {report['layers']} layers: {len(report['bad'])} damaged, {report['replaced']} replaced")
+    for bad in report["bad"]:
+        print(f"  {bad}")
+    return 0 if report["replaced"] == len(report["bad"]) else 1
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from agent.observe.doctor import examine  # noqa: PLC0415
+
+    findings = examine(_settings(args))
+    if args.json:
+        print(json.dumps([finding.as_dict() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            print(finding.as_text())
+    return 1 if any(finding.level == "error" for finding in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

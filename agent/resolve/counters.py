@@ -1,0 +1,17 @@
+"""What one agent has fetched and verified since it started."""
+
+import attrs
+
+
+@attrs.define
+class Counters:
+    """Running totals. Bytes are compressed blob bytes; `cache` counts chunks found on this node and not fetched again."""
+
+    registry_bytes: int = 0
+    peer_bytes: int = 0
+    cache_bytes: int = 0
+    served_bytes: int = 0
+    chunks_verified: int = 0
+    bad_chunks: int = 0
+    demand_waits: int = 0
+    failed_reads: int = 0
