@@ -99,6 +99,7 @@ class Host:
         self._host = basic_host
         self._network = basic_host.get_network()
         self._dht = dht
+        self._dialled: list[tuple[str, Any]] = []
         self.peer_id = peer_id
 
     @property
@@ -157,6 +158,8 @@ class Host:
                 if not self.is_connected(peer_id):
                     muxed = await network.upgrader.upgrade_connection(secured, remote)
                     await network.add_conn(muxed, direction="outbound")
+                    self._dialled = [(other, conn) for other, conn in self._dialled if self.is_connected(other)]
+                    self._dialled.append((peer_id, raw))
                     raw = None  # it is the network's now
                 return peer_id
         except trio.TooSlowError as exc:
@@ -175,6 +178,12 @@ class Host:
             if raw is not None:
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                     await raw.close()
+
+    async def close_dialled(self) -> None:
+        """Close the sockets that `dial` opened: when libp2p is cancelled it says goodbye first, and never gets to them."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+            for _, conn in self._dialled:
+                await conn.close()
 
     def is_connected(self, peer_id: str) -> bool:
         """Whether there is a connection to the peer."""
@@ -291,9 +300,11 @@ async def open_host(identity: Identity, network_key: str, listen: str) -> AsyncI
         max_connections=_MAX_CONNECTIONS,
         high_watermark=_MAX_CONNECTIONS,
         min_connections=0,
-        # Whom to connect to is decided here: the library dials known peers up to the middle between its watermarks.
-        low_watermark=-_MAX_CONNECTIONS,
+        low_watermark=0,
     )
+    # Whom to connect to is decided here, but the library dials the peers it knows until it has as many connections as the
+    # middle between its watermarks; its own check of the settings has passed already.
+    config.low_watermark = -_MAX_CONNECTIONS
     network = Swarm(
         peer,
         peerstore,
@@ -316,4 +327,8 @@ async def open_host(identity: Identity, network_key: str, listen: str) -> AsyncI
         )
         dht._provider_rate_max = _PROVIDES_A_WINDOW
         async with background_trio_service(dht):
-            yield Host(basic_host, dht, identity.peer_id)
+            host = Host(basic_host, dht, identity.peer_id)
+            try:
+                yield host
+            finally:
+                await host.close_dialled()

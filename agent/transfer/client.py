@@ -125,7 +125,8 @@ class PeerClient:
 
 
 async def _nothing() -> AsyncIterator[tuple[int, bytes]]:
-    for item in ():
+    items: tuple[tuple[int, bytes], ...] = ()
+    for item in items:
         yield item
 
 

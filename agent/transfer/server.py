@@ -241,7 +241,7 @@ async def open_data_server(
     done = trio.Event()
     async with trio.open_nursery() as nursery:
 
-        async def serve(task_status: "trio.TaskStatus[list[str]]" = trio.TASK_STATUS_IGNORED) -> None:
+        async def serve(task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
             await worker_serve(
                 wrap_app(cast("Any", server), 0, "asgi"),  # hypercorn gives each ASGI dict a type of its own
                 config,
