@@ -50,9 +50,10 @@ def _run(args: argparse.Namespace) -> int:
 
     from agent.demo.story import Options, tell  # noqa: PLC0415
     from agent.demo.view import open_view, print_final  # noqa: PLC0415
-    from agent.lab.fleet import until_signal  # noqa: PLC0415
+    from agent.lab.fleet import quiet_logs, until_signal  # noqa: PLC0415
     from agent.lab.publish import default_cache  # noqa: PLC0415
 
+    quiet_logs()
     options = Options(
         json_path=args.json,
         cache=args.cache or default_cache(),

@@ -1,12 +1,15 @@
 """A whole lab: network, registry behind its link, and nodes that come and go."""
 
+import logging
 import secrets
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM
 
 import attrs
+import structlog
 import trio
 
 from agent.lab.leftovers import own_lab_folder
@@ -100,3 +103,11 @@ async def until_signal(work: Callable[[], Awaitable[int]]) -> int:
             status = status or done
             nursery.cancel_scope.cancel()
     return status
+
+
+def quiet_logs() -> None:
+    """Warnings only, on stderr: what the parts used in this process log in detail is not for who watches a lab."""
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )

@@ -1,5 +1,6 @@
 """One node of a lab: its network namespace, its containerd, its Shoal agent."""
 
+import os
 import platform
 import re
 import shutil
@@ -124,7 +125,10 @@ class Node:
             text += "".join(_UNPACK.format(name=name, machine=machine) for name in ("overlayfs", *proxies))
         config.write_text(text)
         argv: list[str | Path] = [*self.host.enter(), self._tool("containerd"), "--config", config, "--log-level", "warn"]
-        self.containerd = start(f"containerd of {self.name}", argv, self.folder / "containerd.log", dies_with_us=False)
+        env = dict(os.environ)
+        if self.containerd_binary is not None:  # it looks for its shim on the PATH first, and would find the system's
+            env["PATH"] = f"{self.containerd_binary.parent}:{env.get('PATH', '/usr/sbin:/usr/bin:/sbin:/bin')}"
+        self.containerd = start(f"containerd of {self.name}", argv, self.folder / "containerd.log", env=env, dies_with_us=False)
         await self.containerd.wait_ready(lambda: socket_answers(self.address), "its socket answers")
 
     def ctr(self, *words: str | Path) -> list[str]:

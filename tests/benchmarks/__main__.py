@@ -18,7 +18,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from agent.lab.fleet import Lab, open_lab, until_signal
+from agent.lab.fleet import Lab, open_lab, quiet_logs, until_signal
 from agent.lab.node import Node
 from agent.lab.processes import LabError, run_command
 from agent.lab.publish import BuiltImage, build_image, default_cache, push_image
@@ -240,6 +240,7 @@ def main() -> int:
         rate_bps=args.rate * 1e6,
         cache=default_cache(),
     )
+    quiet_logs()
     try:
         return trio.run(until_signal, partial(run, options))
     except* LabError as group:
