@@ -8,14 +8,15 @@ import subprocess
 import tarfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import attrs
 import httpx
 import trio
 
-from agent.registry.manifests import Descriptor, ResolvedManifest, parse_manifest
-from agent.registry.references import ImageReference
+from agent.registry import Descriptor, ImageReference, ResolvedManifest
+from agent.registry.manifests import parse_manifest
 from tests.containerd_service import DirectoryLayers
 
 TOC_DIGEST = "containerd.io/snapshot/stargz/toc.digest"
@@ -155,18 +156,10 @@ class Registry:
                 put.raise_for_status()
         return ImageReference.parse(f"{self.host}/{name}:latest")
 
-    def blobs_read(self, image: SampleImage) -> set[str]:
-        """Digests of the image's layers that somebody got from the registry."""
-        text = self.log.read_text()
-        return {
-            layer.digest
-            for layer in image.layers
-            if f"/blobs/{layer.digest}" in text.replace("HEAD", "") and _was_read(text, layer.digest)
-        }
-
-
-def _was_read(text: str, layer_digest: str) -> bool:
-    return any(f"/blobs/{layer_digest}" in line and '"GET ' in line for line in text.splitlines())
+    def layers_read(self, image: SampleImage) -> set[str]:
+        """Digests of the image's layers that somebody got from the registry, by its access log."""
+        lines = [line for line in self.log.read_text().splitlines() if '"GET ' in line]
+        return {layer.digest for layer in image.layers if any(f"/blobs/{layer.digest}" in line for line in lines)}
 
 
 def _with_digest(location: str, blob_digest: str) -> httpx.QueryParams:
@@ -189,9 +182,8 @@ async def open_registry(folder: Path) -> AsyncIterator[Registry]:
     log = folder / "registry.log"
     with log.open("wb") as output:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(
-                lambda: trio.run_process(["docker-registry", "serve", config], stdout=output, stderr=output, check=False)
-            )
+            serve = partial(trio.run_process, ["docker-registry", "serve", config], stdout=output, stderr=output, check=False)
+            nursery.start_soon(serve)
             with trio.fail_after(20):
                 while True:
                     try:

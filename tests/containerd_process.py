@@ -5,9 +5,11 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import attrs
+import grpc
 import trio
 
 from agent.runtimes.containerd.client import open_containerd
@@ -57,11 +59,8 @@ async def run_containerd(
     command = [binaries.folder / "containerd", "--config", config, "--address", address, "--log-level", "debug"]
     with log.open("ab") as output:
         async with trio.open_nursery() as nursery:
-            process: trio.Process = await nursery.start(
-                lambda task_status: trio.run_process(
-                    command, stdout=output, stderr=output, check=False, env=_environment(binaries), task_status=task_status
-                )
-            )
+            run = partial(trio.run_process, command, stdout=output, stderr=output, check=False, env=_environment(binaries))
+            process: trio.Process = await nursery.start(run)
             running = RunningContainerd(binaries, str(address), log)
             try:
                 await _wait(running, process)
@@ -86,6 +85,22 @@ async def _wait(running: RunningContainerd, process: trio.Process) -> None:
                 return
             await trio.sleep(0.05)
     raise AssertionError(f"containerd did not start:\n{running.log.read_text()[-6000:]}")
+
+
+async def pull_through_cri(containerd: RunningContainerd, ref: str) -> None:
+    """What kubelet does: `runtime.v1.ImageService/PullImage`. Two nested fields, so the message is written by hand."""
+    spec = b"\x0a" + bytes([len(ref)]) + ref.encode()
+    request = b"\x0a" + bytes([len(spec)]) + spec
+
+    def call() -> None:
+        with grpc.insecure_channel(f"unix:{containerd.address}", options=[("grpc.default_authority", "localhost")]) as channel:
+            pull = channel.unary_unary("/runtime.v1.ImageService/PullImage", bytes, bytes)
+            try:
+                pull(request, timeout=30, wait_for_ready=True)
+            except grpc.RpcError as exc:
+                raise AssertionError(f"{exc}\n{containerd.log.read_text()[-6000:]}") from exc
+
+    await trio.to_thread.run_sync(call)
 
 
 def _environment(binaries: ContainerdBinaries) -> dict[str, str]:

@@ -10,8 +10,7 @@ import attrs
 import trio
 
 from agent.errors import ShoalError
-from agent.registry.manifests import Descriptor
-from agent.registry.references import ImageReference
+from agent.registry import Descriptor, ImageReference
 from agent.runtimes.containerd.service import serve_snapshots
 from agent.runtimes.containerd.snapshotter import Snapshotter, open_snapshotter
 
@@ -35,6 +34,8 @@ class DirectoryLayers:
         self.asked: list[tuple[ImageReference | None, Descriptor, list[str]]] = []
         self.failures: dict[str, ShoalError] = {}
         self.mounted: set[str] = set()
+        self.lost: set[str] = set()
+        self.delay_s = 0.0
 
     def add(self, digest: str, directory: Path) -> None:
         self.directories[digest.removeprefix("sha256:")] = directory
@@ -44,12 +45,14 @@ class DirectoryLayers:
     ) -> MountedDirectory:
         self.asked.append((image, layer, [n.digest for n in neighbours]))
         name = layer.digest.removeprefix("sha256:")
+        await trio.sleep(self.delay_s)
+        self.lost.discard(name)
         return MountedDirectory(name, await self.restore(name))
 
     async def restore(self, name: str) -> Path:
         if name in self.failures:
             raise self.failures[name]
-        if name not in self.directories:
+        if name not in self.directories or name in self.lost:
             raise ShoalError(f"no layer {name}")
         path = self.run_dir / name
         if name not in self.mounted:

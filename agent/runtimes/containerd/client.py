@@ -25,8 +25,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
 from agent.errors import ShoalError
-from agent.registry.manifests import Descriptor, ResolvedManifest
-from agent.registry.references import ImageReference
+from agent.registry import Descriptor, ImageReference, ResolvedManifest
 from agent.runtimes.containerd.configuration import SNAPSHOTTER
 from agent.runtimes.containerd.labels import SNAPSHOT_REF, layer_labels
 from agent.runtimes.containerd.proto import (
@@ -287,7 +286,8 @@ class Containerd:
                 pass
 
         try:
-            await trio.to_thread.run_sync(drain, abandon_on_cancel=True, limiter=self._streams)
+            # The stubs of trio-typing, which a dependency brings, are older than trio and hide its own types.
+            await trio.to_thread.run_sync(drain, abandon_on_cancel=True, limiter=self._streams)  # type: ignore[call-arg]
         except trio.Cancelled:
             call.cancel()  # ends the thread as well
             raise

@@ -3,7 +3,8 @@
 Two forms, chosen by containerd's major version. `exports.root` lets CRI report the disk use of the right file system. From 2.1 CRI
 pulls through the transfer service, and so does `ctr` from 2.0: there `enable_remote_snapshot_annotations` (a string) and an
 `unpack_config` entry pass on what a layer is; setting `disable_snapshot_annotations = false` makes CRI pull by itself, which
-works too. An `unpack_config` replaces containerd's default list, so overlayfs is named again.
+works too. `ctr` 1.x passes no such labels: `ctr images pull --snapshotter shoal` works there but downloads everything, so `shoal
+pull` is the way. An `unpack_config` replaces containerd's default list, so overlayfs is named again.
 """
 
 from pathlib import Path

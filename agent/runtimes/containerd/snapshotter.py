@@ -31,8 +31,7 @@ import trio
 
 from agent.errors import ShoalError, StoreError
 from agent.formats.model import parse_digest
-from agent.registry.manifests import Descriptor
-from agent.registry.references import ImageReference
+from agent.registry import Descriptor, ImageReference
 from agent.runtimes.containerd.filters import parse_filters
 from agent.runtimes.containerd.labels import MANIFEST_DIGEST, REMOTE, REMOTE_VALUE, WantedLayer, wanted_layer
 from agent.runtimes.containerd.mounts import Mount, check_root, mounts_of, overlay_options
