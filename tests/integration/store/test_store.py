@@ -111,6 +111,26 @@ async def test_a_piece_needs_its_bytes(tmp_path: Path) -> None:
         assert layer.read_blob(start, stop) is None
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+async def test_the_block_map_follows_the_chunk_map_after_a_kill(tmp_path: Path, is_whole: bool) -> None:
+    sample = usual_sample()
+    async with open_store(tmp_path, quota_bytes=None) as store:
+        layer = await create(store, sample)
+        fill(layer, sample)
+        if not is_whole:
+            layer.forget_chunk(4)
+        expected = Bitmap.open(layer.blocks_path).to_bytes()
+        path = layer.blocks_path
+    blocks = Bitmap.open(path)  # as if the agent had died between the two maps, both ways
+    blocks.clear(0, blocks.bits // 2)
+    blocks.set(blocks.bits // 2, blocks.bits)
+    blocks.close()
+    async with open_store(tmp_path, quota_bytes=None) as store:
+        blocks = Bitmap.open(path)
+        assert blocks.to_bytes() == expected
+        blocks.close()
+
+
 async def test_an_index_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
     async with open_store(tmp_path, quota_bytes=None) as store:
         for break_it in ("overlap", "outside"):
