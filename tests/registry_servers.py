@@ -4,7 +4,6 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -66,7 +65,8 @@ http: {{addr: "127.0.0.1:0", secret: for-tests}}
     reader = threading.Thread(target=follow)
     reader.start()
     try:
-        assert ready.wait(20) and address, "".join(lines)
+        assert ready.wait(20)
+        assert address, "".join(lines)
         yield RealRegistry(address[0], lines)
     finally:
         process.terminate()
@@ -106,7 +106,7 @@ class Asked:
 @attrs.define
 class Reply:
     """What to answer. `length` is what Content-Length says (None: the truth, -1: no such header); after `cut` bytes of the body
-    the connection is closed, or nothing more comes if `hangs`; `drip_s` waits before each byte."""
+    the connection is closed, or nothing more comes if `hangs`; `drip_s` waits before each byte of the body, or of `raw`."""
 
     status: int = 200
     headers: dict[str, str] = attrs.field(factory=dict)
@@ -202,7 +202,9 @@ class ScriptedServer:
         if reply.raw is None:
             data += body if reply.cut is None else body[: reply.cut]
         if reply.drip_s:
-            for at in range(len(data)):
+            start = 0 if reply.raw is not None else len(reply.head())
+            await stream.send_all(data[:start])
+            for at in range(start, len(data)):
                 await trio.sleep(reply.drip_s)
                 await stream.send_all(data[at : at + 1])
         else:
@@ -238,7 +240,3 @@ def closed_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def now_s() -> float:
-    return time.monotonic()

@@ -36,6 +36,8 @@ _TOLERATED_WASTE: Final = 1 << 20
 _MAX_BREAKS: Final = 16
 """Broken answers in one fetch, even if each brought some bytes."""
 _MAX_FRUITLESS: Final = 3
+_FRUITFUL_BYTES: Final = 64 << 10
+"""An answer that broke off after less brought nothing that makes up for its round trip."""
 
 
 @attrs.define
@@ -60,13 +62,15 @@ class BlobReader:
         while wanted:
             asked = self._next_ranges(host, wanted, blob_size)
             answer = await self._exchanger.send(host, self._request(repository, digest, asked), attempts=attempts)
-            came = False
+            came = 0
             try:
                 if self._must_ask_again(host, answer, asked, wanted):
+                    if answer.status != 200:
+                        await answer.drain()
                     continue
                 async with aclosing(_pick(answer, wanted, blob_size)) as picked:
                     async for item in picked:
-                        came = True
+                        came += len(item[1])
                         yield item
                 if not came:
                     raise RangeMismatch("it sent other bytes than were asked")
@@ -74,7 +78,7 @@ class BlobReader:
                 raise SourceLied(f"{answer.host} gave a wrong answer for {digest}: {exc}", source=host.name) from exc
             except SourceUnavailable as exc:
                 breaks += 1
-                fruitless = 0 if came else fruitless + 1
+                fruitless = 0 if came >= _FRUITFUL_BYTES else fruitless + 1
                 if breaks >= _MAX_BREAKS or fruitless >= min(attempts, _MAX_FRUITLESS):
                     raise
                 log.debug("blob_answer_broke", host=answer.host, digest=digest, breaks=breaks, reason=str(exc))

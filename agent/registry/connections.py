@@ -39,7 +39,7 @@ class StallLimits:
     """From the request's last byte to the end of the response's head."""
     read_s: float = 10.0
     """Without a byte of a body."""
-    window_s: float = 15.0
+    window_s: float = 10.0
     """Time spent waiting for a body after which `window_bytes` must have come, else the server counts as stalled."""
     window_bytes: int = 64 << 10
 
@@ -54,7 +54,6 @@ class Answer:
     url: str = attrs.field(repr=False)
     _response: httpx.Response = attrs.field(repr=False)
     _limits: StallLimits = attrs.field(repr=False)
-    is_finished: bool = False
 
     @property
     def content_length(self) -> int | None:
@@ -72,26 +71,43 @@ class Answer:
         waited, window = 0.0, 0
         # the transport hands out async streams only; its type says both kinds
         stream = aiter(cast(AsyncIterable[bytes], self._response.stream))
-        while True:
-            began = trio.current_time()
+        is_idle = False
+        try:
+            while True:
+                began = trio.current_time()
+                is_idle = False
+                try:
+                    data = await anext(stream)
+                except StopAsyncIteration:
+                    return
+                except httpx.HTTPError as exc:
+                    raise _unavailable(exc, self.host, "while it sent a body") from exc
+                is_idle = True
+                waited += trio.current_time() - began
+                window += len(data)
+                if waited > limits.window_s:
+                    if window < limits.window_bytes:
+                        raise SourceUnavailable(f"{self.host} sent only {window} bytes in {waited:.0f} s", source=self.host)
+                    waited, window = 0.0, 0
+                if len(data) <= BLOCK_BYTES:
+                    yield data
+                else:
+                    for at in range(0, len(data), BLOCK_BYTES):
+                        yield data[at : at + BLOCK_BYTES]
+        finally:
+            if is_idle:
+                await self._abandon(stream)
+
+    async def _abandon(self, stream: AsyncIterator[bytes]) -> None:
+        """Close the connection in the middle of a body. The library's generators do not close one another, so they are made
+        to run into the closed socket; left to the garbage collector they would end at a random moment."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+            await self._response.aclose()
             try:
-                data = await anext(stream)
-            except StopAsyncIteration:
-                self.is_finished = True
+                while True:
+                    await anext(stream)
+            except (StopAsyncIteration, httpx.HTTPError):
                 return
-            except httpx.HTTPError as exc:
-                raise _unavailable(exc, self.host, "while it sent a body") from exc
-            waited += trio.current_time() - began
-            window += len(data)
-            if waited > limits.window_s:
-                if window < limits.window_bytes:
-                    raise SourceUnavailable(f"{self.host} sent only {window} bytes in {waited:.0f} s", source=self.host)
-                waited, window = 0.0, 0
-            if len(data) <= BLOCK_BYTES:
-                yield data
-            else:
-                for at in range(0, len(data), BLOCK_BYTES):
-                    yield data[at : at + BLOCK_BYTES]
 
     async def read(self, max_bytes: int) -> bytes:
         """The whole body, decoded if the server compressed it although it was asked not to.

@@ -120,8 +120,12 @@ def parse_hosts(text: str, registry: str, base_dir: Path, insecure: Collection[s
 
 def _host(registry: str, address: str, fields: Mapping[str, Any], base_dir: Path) -> RegistryHost:
     where = f"{base_dir}/hosts.toml: {address!r}"
-    url = urlsplit(address if address.startswith("http") else f"https://{address}")
-    if url.scheme not in {"http", "https"} or not url.hostname or url.username is not None:
+    try:
+        url = urlsplit(address if "://" in address else f"https://{address}")
+        is_usable = url.scheme in {"http", "https"} and bool(url.hostname) and url.username is None and url.port != 0
+    except ValueError as exc:
+        raise SettingsError(f"{where} is not a URL") from exc
+    if not is_usable:
         raise SettingsError(f"{where} is not a http(s) URL without credentials")
     path = posixpath.normpath(url.path) if url.path.strip("/") else ""
     if not path.endswith("/v2") and not fields.get("override_path", False):
@@ -155,7 +159,7 @@ def _ca(value: object, base_dir: Path, where: str) -> tuple[Path, ...]:
 
 def _client(value: object, base_dir: Path, where: str) -> tuple[tuple[Path, Path | None], ...]:
     pairs: list[tuple[Path, Path | None]] = []
-    for item in [value] if isinstance(value, str) else value or []:  # type: ignore[attr-defined]  # checked below, item by item
+    for item in value if isinstance(value, list) else [value] if value is not None else []:
         match item:
             case str(path):
                 pairs.append((base_dir / path, None))
