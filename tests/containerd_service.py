@@ -36,6 +36,8 @@ class DirectoryLayers:
         self.mounted: set[str] = set()
         self.lost: set[str] = set()
         self.delay_s = 0.0
+        self.waiting = trio.Event()
+        self.cancelled = trio.Event()
 
     def add(self, digest: str, directory: Path) -> None:
         self.directories[digest.removeprefix("sha256:")] = directory
@@ -45,7 +47,12 @@ class DirectoryLayers:
     ) -> MountedDirectory:
         self.asked.append((image, layer, [n.digest for n in neighbours]))
         name = layer.digest.removeprefix("sha256:")
-        await trio.sleep(self.delay_s)
+        self.waiting.set()
+        try:
+            await trio.sleep(self.delay_s)
+        except trio.Cancelled:
+            self.cancelled.set()
+            raise
         self.lost.discard(name)
         return MountedDirectory(name, await self.restore(name))
 

@@ -10,7 +10,7 @@ import socket
 import stat
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -108,6 +108,10 @@ class _Methods:
         return Empty()
 
 
+class _GivenUp(Exception):
+    """The task of a request was cancelled."""
+
+
 class _Bridge:
     """Runs the methods, called from grpcio's threads, as tasks of one nursery."""
 
@@ -132,7 +136,7 @@ class _Bridge:
             context.abort(grpc.StatusCode.UNAVAILABLE, "the agent is stopping")
         try:
             return future.result()
-        except CancelledError:
+        except _GivenUp:
             context.abort(grpc.StatusCode.CANCELLED, "the request was given up, or the agent is stopping")
         except ShoalError as exc:
             context.abort(next((code for kind, code in _STATUS if isinstance(exc, kind)), grpc.StatusCode.INTERNAL), str(exc))
@@ -154,7 +158,7 @@ class _Bridge:
             future.set_exception(exc)
         finally:
             if not future.done():
-                future.set_exception(CancelledError())
+                future.set_exception(_GivenUp())
 
 
 @asynccontextmanager

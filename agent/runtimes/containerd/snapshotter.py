@@ -33,7 +33,7 @@ from agent.errors import ShoalError, StoreError
 from agent.formats.model import parse_digest
 from agent.registry import Descriptor, ImageReference
 from agent.runtimes.containerd.filters import parse_filters
-from agent.runtimes.containerd.labels import MANIFEST_DIGEST, REMOTE, REMOTE_VALUE, WantedLayer, wanted_layer
+from agent.runtimes.containerd.labels import MANIFEST_DIGEST, REMOTE, REMOTE_VALUE, SNAPSHOT_REF, WantedLayer, wanted_layer
 from agent.runtimes.containerd.mounts import Mount, check_root, mounts_of, overlay_options
 from agent.runtimes.containerd.snapshots import (
     Kind,
@@ -196,6 +196,10 @@ class Snapshotter:
             for name in await self._record(self._records.unused_layers):
                 await self._release(name)
 
+    async def layers(self) -> set[str]:
+        """Names of all layers that this snapshotter holds: those snapshots stand on, and those not released yet."""
+        return await self._record(lambda: {*self._records.layers(), *self._records.unused_layers()})
+
     def degraded(self) -> dict[str, str]:
         """Layers that snapshots stand on and that are not served now, each with the reason."""
         return {name: layer.problem for name, layer in self._layers.items() if layer.problem}
@@ -223,8 +227,7 @@ class Snapshotter:
     async def _serve(self, key: str, parent: str, wanted: WantedLayer) -> bool:
         """Record a served snapshot for the layer; False, with one warning, where that cannot be."""
         namespace = key.partition("/")[0]
-        ref = wanted.labels["containerd.io/snapshot.ref"]
-        known = await self._record(lambda: self._records.find_remote(namespace, ref, parent))
+        known = await self._record(lambda: self._records.find_remote(namespace, wanted.labels[SNAPSHOT_REF], parent))
         if known is not None and known.layer is not None:
             try:
                 await self._answering(known.layer)
@@ -257,6 +260,8 @@ class Snapshotter:
         labels = {**wanted.labels, REMOTE: REMOTE_VALUE}
 
         def add() -> None:
+            if self._records.find_remote(name.partition("/")[0], labels[SNAPSHOT_REF], parent) is not None:
+                return  # another pull of the same image was faster
             found = self._records.create(name, parent, Kind.COMMITTED, labels, layer=prepared.name)
             try:
                 directory = self._directory(found.id)
@@ -290,7 +295,9 @@ class Snapshotter:
                 with trio.fail_after(RESTORE_S):
                     path = await self._restored(name)
                 layer.identity = await self._on_disk(_identity, path)
-            except (ShoalError, OSError, trio.TooSlowError) as exc:
+            except Exception as exc:  # the layer service's edge: its defect must not take other snapshots along
+                if not isinstance(exc, ShoalError | OSError | trio.TooSlowError):
+                    log.exception("layer_restore_failed", layer=name)
                 layer.path = None
                 layer.problem = str(exc) or f"not mounted within {RESTORE_S:.0f} s"
                 raise SnapshotUnavailable(f"layer {name} is not served: {layer.problem}") from exc
@@ -303,12 +310,12 @@ class Snapshotter:
         try:
             return await self._service.restore(name)
         except ShoalError as exc:
-            labels = await self._record(lambda: self._records.labels_of_layer(name))
-            wanted = wanted_layer(labels)
-            if wanted is None or wanted.image_ref is None:
-                raise
-            log.info("layer_prepared_again", layer=name, image=wanted.image_ref, reason=str(exc))
-            return (await self._service.prepare(*_asked(wanted))).path
+            gone = exc
+        wanted = wanted_layer(await self._record(lambda: self._records.labels_of_layer(name)))
+        if wanted is None or wanted.image_ref is None:
+            raise gone
+        log.info("layer_prepared_again", layer=name, image=wanted.image_ref, reason=str(gone))
+        return (await self._service.prepare(*_asked(wanted))).path
 
     async def _release(self, name: str) -> None:
         layer = self._layer(name)

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import grpc
 import pytest
 import trio
 
 from agent.errors import SettingsError, ShoalError
 from agent.runtimes.containerd.client import ContainerdError, open_containerd
 from agent.runtimes.containerd.mounts import Mount
+from agent.runtimes.containerd.proto.snapshots_pb2 import PrepareSnapshotRequest
 from agent.runtimes.containerd.service import serve_snapshots
 from agent.runtimes.containerd.snapshots import Kind, SnapshotExists, SnapshotUnavailable
 from agent.runtimes.containerd.snapshotter import Snapshotter, open_snapshotter
@@ -228,3 +230,34 @@ async def test_a_state_folder_that_overlay_cannot_take_is_refused(folder: Path, 
     with pytest.raises(SettingsError, match="--state-dir"):
         async with open_snapshotter(folder / "a:b", layers):
             pass
+
+
+async def test_a_request_that_is_given_up_stops_its_work(folder: Path, layers: DirectoryLayers) -> None:
+    make_layers(folder, layers, 1)
+    layers.delay_s = 3600
+    async with served(folder, layers) as service:
+        with grpc.insecure_channel(f"unix:{service.socket}", options=[("grpc.default_authority", "localhost")]) as channel:
+            prepare = channel.unary_unary(
+                "/containerd.services.snapshots.v1.Snapshots/Prepare", PrepareSnapshotRequest.SerializeToString, bytes
+            )
+            call = prepare.future(PrepareSnapshotRequest(snapshotter="shoal", key="default/1/x", labels=labels(0)))
+            with trio.fail_after(20):
+                await layers.waiting.wait()
+                call.cancel()
+                await layers.cancelled.wait()
+        assert await service.snapshotter.select([]) == []
+
+
+async def test_two_pulls_of_one_layer_make_one_snapshot(folder: Path, layers: DirectoryLayers) -> None:
+    make_layers(folder, layers, 1)
+    async with open_snapshotter(folder / "state", layers) as snapshotter:
+
+        async def pull(at: int) -> None:
+            with pytest.raises(SnapshotExists):
+                await snapshotter.prepare(f"default/{at}/extract", "", labels(0))
+
+        async with trio.open_nursery() as nursery:
+            for at in range(5):
+                nursery.start_soon(pull, at)
+        assert len(await snapshotter.select([])) == 1
+        assert await snapshotter.layers() == {DIGESTS[0].removeprefix("sha256:")}
