@@ -94,9 +94,8 @@ class PieceDecoder:
             self._member_start = -1
             return
         start = self._chunks.blob_offset[number]
-        if start < self._at and self._at != self._member_end and start != self._member_start:
-            # Only a table that is not in blob order leads here.
-            raise FormatError(f"chunk {number} lies before the bytes given")
+        if start < self._member_end:  # only a table that is not in blob order leads here
+            raise FormatError(f"chunk {number} lies before the end of the member in front of it")
         self._member_start = start
         self._member_end = start + self._chunks.blob_length[number]
         offsets, stop = self._chunks.blob_offset, number + 1

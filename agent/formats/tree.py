@@ -14,6 +14,8 @@ Hard links bind to their target when it is there, else at the end, through other
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+import attrs
+
 from agent.formats.model import FormatError, Inode, InodeKind
 
 MAX_INODES: Final = 1 << 20
@@ -34,8 +36,14 @@ _ACLS: Final = (b"system.posix_acl_access", b"system.posix_acl_default")
 _STORABLE: Final = (b"user.", b"trusted.", b"security.")
 
 
+@attrs.define(eq=False)
 class _Link(Inode):
-    """Holds the place of a hard link whose target has not come yet; `target` is the cleaned path of the target."""
+    """Holds the place of a hard link whose target has not come yet; `target` is the cleaned path of the target.
+
+    `resolved` keeps what was found, so that a long chain of links is walked once and not once for each of its links.
+    """
+
+    resolved: Inode | None = None
 
 
 class TreeBuilder:
@@ -103,8 +111,8 @@ class TreeBuilder:
             self._add_whiteout(parent, name)
             return
         aim = b"/".join(self._clean(target))
-        found = self._find(aim)
-        if found is not None and found.kind is not InodeKind.DIRECTORY:
+        found = self._lookup(aim)
+        if found is not None and found.kind is not InodeKind.DIRECTORY and not isinstance(found, _Link):
             inode = found
         else:
             inode = link = _Link(InodeKind.FIFO, target=aim)
@@ -159,17 +167,20 @@ class TreeBuilder:
         if b"\0" in path:
             raise FormatError(f"a path with a NUL byte: {path[:80]!r}")
         components: list[bytes] = []
+        is_outside = False
         for component in path.split(b"/"):
             if component in (b"", b"."):
                 continue
             if component == b"..":
-                self.warn(f"path {path[:80]!r} has '..' and was kept inside the layer's root")
+                is_outside = True
                 if components:
                     components.pop()
                 continue
             if len(component) > MAX_NAME_BYTES:
                 raise FormatError(f"a name of {len(component)} bytes: {component[:80]!r}…")
             components.append(component)
+        if is_outside:
+            self.warn(f"path {path[:80]!r} has '..' and was kept inside the layer's root")
         return components
 
     def _directory(self, components: list[bytes]) -> Inode | None:
@@ -189,13 +200,11 @@ class TreeBuilder:
             at = child
         return at
 
-    def _find(self, path: bytes) -> Inode | None:
+    def _lookup(self, path: bytes) -> Inode | None:
         at: Inode | None = self.root
         for name in path.split(b"/"):
-            if at is None or at.kind is not InodeKind.DIRECTORY:
-                return None
-            at = at.children.get(name)
-        return at if not isinstance(at, _Link) else None
+            at = at.children.get(name) if at is not None and at.kind is InodeKind.DIRECTORY else None
+        return at
 
     # --- changes ----------------------------------------------------------------------------------------------------------
 
@@ -221,22 +230,27 @@ class TreeBuilder:
             self._whiteouts.append((parent, name[4:]))
 
     def _resolve(self, link: _Link) -> Inode:
-        seen = {link.target}
-        path = link.target
-        while True:
-            at: Inode | None = self.root
-            for name in path.split(b"/"):
-                at = at.children.get(name) if at is not None and at.kind is InodeKind.DIRECTORY else None
-            if at is None:
-                raise FormatError(f"hard link to {path[:200]!r}, which is not in this layer")
-            if not isinstance(at, _Link):
-                if at.kind is InodeKind.DIRECTORY:
-                    raise FormatError(f"hard link to the directory {path[:200]!r}")
-                return at
-            path = at.target
-            if path in seen:
-                raise FormatError(f"hard links in a circle through {path[:200]!r}")
-            seen.add(path)
+        chain: dict[int, _Link] = {}
+        at: Inode = link
+        while isinstance(at, _Link):
+            if at.resolved is not None:
+                at = at.resolved
+                break
+            if id(at) in chain:
+                raise FormatError(f"hard links in a circle through {at.target[:200]!r}")
+            chain[id(at)] = at
+            at = self._follow(at.target)
+        for passed in chain.values():
+            passed.resolved = at
+        return at
+
+    def _follow(self, path: bytes) -> Inode:
+        found = self._lookup(path)
+        if found is None:
+            raise FormatError(f"hard link to {path[:200]!r}, which is not in this layer")
+        if found.kind is InodeKind.DIRECTORY:
+            raise FormatError(f"hard link to the directory {path[:200]!r}")
+        return found
 
 
 def _take_attributes(old: Inode, new: Inode) -> None:
