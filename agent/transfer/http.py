@@ -17,11 +17,15 @@ import attrs
 from agent.formats.model import Digest
 
 BLOBS: Final = "/v1/blobs/"
+MAX_HEAD_BYTES: Final = 8 << 10
+"""Longest request or response head: both ends write a few hundred bytes."""
 PING: Final = "/v1/ping"
 PEERS_HEADER: Final = "shoal-peers"
 
 _PATH: Final = re.compile(r"/v1/blobs/(sha256:[0-9a-f]{64})\Z")
 _RANGE: Final = re.compile(rb"bytes=([0-9]{1,19})-([0-9]{0,19})\Z")
+_STATUS: Final = re.compile(rb"HTTP/1\.1 ([1-9][0-9][0-9])(?: [^\r\n]*)?\Z")
+_LENGTH: Final = re.compile(r"[0-9]{1,19}\Z")
 _CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})\Z")
 
 
@@ -54,6 +58,42 @@ def parse_request(path: str, headers: list[tuple[bytes, bytes]]) -> Request | in
 def range_header(start: int, stop: int) -> str:
     """The Range header for [start, stop)."""
     return f"bytes={start}-{stop - 1}"
+
+
+@attrs.frozen
+class Answer:
+    """The head of a response; header names are in lower case. `length` is that of the body."""
+
+    status: int
+    headers: dict[str, str]
+    length: int
+
+
+def request_head(path: str, host: str, extent: tuple[int, int] | None = None) -> bytes:
+    """A GET request."""
+    wanted = f"Range: {range_header(*extent)}\r\n" if extent else ""
+    return f"GET {path} HTTP/1.1\r\nHost: {host}\r\n{wanted}\r\n".encode("ascii")
+
+
+def parse_answer(head: bytes) -> Answer | None:
+    """Read a response head without its empty line; None if it is none that a data server of ours sends: another version,
+    a body without a length, a header twice or folded."""
+    lines = head.split(b"\r\n")
+    status = _STATUS.match(lines[0])
+    if status is None:
+        return None
+    headers: dict[str, str] = {}
+    for line in lines[1:]:
+        name, colon, value = line.partition(b":")
+        key = name.decode("latin-1").lower()
+        if not colon or not key or key != key.strip() or key in headers:
+            return None
+        headers[key] = value.strip().decode("latin-1")
+    number = int(status[1])
+    length = "0" if number == 204 else headers.get("content-length", "")
+    if "transfer-encoding" in headers or not _LENGTH.match(length) or number < 200:
+        return None
+    return Answer(number, headers, int(length))
 
 
 def content_range(start: int, stop: int, size: int) -> bytes:

@@ -19,7 +19,7 @@ import trio
 
 from agent.errors import SettingsError
 from agent.formats.model import Digest
-from agent.transfer.http import PEERS_HEADER, PING, Request, content_range, parse_request
+from agent.transfer.http import MAX_HEAD_BYTES, PEERS_HEADER, PING, Request, content_range, parse_request
 
 log = structlog.get_logger()
 
@@ -28,7 +28,6 @@ STALL_S: Final = 15
 KEEP_ALIVE_S: Final = 120
 """Peers keep connections open to save the TLS handshake (2 round trips and about 1 ms of CPU on each side)."""
 HANDSHAKE_S: Final = 5
-MAX_HEAD_BYTES: Final = 8 << 10
 SLOTS: Final = 32
 """Uploads at a time. More share the same link and the same core, and each only gets slower; they are sent elsewhere."""
 SLOTS_A_HOST: Final = 16
