@@ -55,6 +55,8 @@ class _HostState:
     challenge: Challenge | None = None
     is_predictable: bool = False
     """Did it ask for just the scope that we would have named?"""
+    named: dict[Scope, str] = attrs.field(factory=dict)
+    """The scope that the host itself named for a request."""
     grants: dict[Scope, _Grant] = attrs.field(factory=dict)
     locks: dict[Scope, trio.Lock] = attrs.field(factory=dict)
 
@@ -101,7 +103,8 @@ class Authorizer:
             )
         state = self._state(host)
         state.challenge = challenge
-        state.is_predictable = challenge.scheme == "bearer" and challenge.params.get("scope") in {None, str(scope)}
+        state.named[scope] = challenge.params.get("scope") or str(scope)
+        state.is_predictable = challenge.scheme == "bearer" and state.named[scope] == str(scope)
         return await self._grant(host, state, scope, challenge, used)
 
     async def _grant(self, host: RegistryHost, state: _HostState, scope: Scope, challenge: Challenge, used: str | None) -> str:
@@ -116,12 +119,12 @@ class Authorizer:
             if challenge.scheme == "basic":
                 grant = _basic(host, credentials, used)
             else:
-                grant = await self._fetch_token(host, scope, challenge, credentials)
+                grant = await self._fetch_token(host, scope, state.named.get(scope, str(scope)), challenge, credentials)
             state.grants[scope] = grant
             return grant.header
 
     async def _fetch_token(
-        self, host: RegistryHost, scope: Scope, challenge: Challenge, credentials: Credentials | None
+        self, host: RegistryHost, scope: Scope, named: str, challenge: Challenge, credentials: Credentials | None
     ) -> _Grant:
         realm, service = challenge.params.get("realm", ""), challenge.params.get("service", "")
         try:
@@ -134,7 +137,7 @@ class Authorizer:
         if credentials is not None and parts.scheme == "http" and not host.is_plain and not is_loopback(hostname):
             raise SourceRefused(f"{host.name} wants credentials sent to {hostname} over plain HTTP", source=host.name, status=401)
         fields = {"service": service} if service else {}
-        fields["scope"] = challenge.params.get("scope") or str(scope)
+        fields["scope"] = named
         headers, method, url, body = {"Accept": "application/json"}, "GET", realm, None
         if credentials is not None and credentials.identity_token:
             method = "POST"

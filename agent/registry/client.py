@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import attrs
 import structlog
@@ -89,14 +89,13 @@ class RegistryClient:
         self, registry: str, repository: str, locator: str, expected: Digest | None, media_type: str = ""
     ) -> tuple[Digest, bytes, Manifest | ImageIndex]:
         hosts = await self._serving(registry, "pull" if expected else "resolve")
-        for host, attempts, is_last in hosts:
+        failure: SourceError | FormatError | None = None
+        for host, attempts in hosts:
             try:
                 return await self._manifest_from(host, repository, locator, expected, media_type, attempts)
             except (SourceError, FormatError) as exc:
-                if is_last:
-                    raise
-                log.info("mirror_passed_over", mirror=host.name, repository=repository, reason=str(exc))
-        raise SourceRefused(f"no host may resolve images of {registry}; see its hosts.toml", source=registry)
+                failure = _weightier(failure, host, exc)
+        raise failure or SourceRefused(f"no host may resolve images of {registry}; see its hosts.toml", source=registry)
 
     async def _manifest_from(
         self, host: RegistryHost, repository: str, locator: str, expected: Digest | None, media_type: str, attempts: int
@@ -124,7 +123,8 @@ class RegistryClient:
         if not 0 <= size <= max_bytes:
             raise FormatError(f"blob {descriptor.digest} has {size} bytes; at most {max_bytes} are read here")
         data = bytearray(size)
-        for host, attempts, is_last in await self._serving(ref.registry, "pull"):
+        failure: SourceError | None = None
+        for host, attempts in await self._serving(ref.registry, "pull"):
             try:
                 wanted = WantedRanges(merge([(0, size)], size))
                 async with aclosing(self._blobs.read(host, ref.repository, descriptor.digest, size, wanted, attempts)) as stream:
@@ -138,10 +138,8 @@ class RegistryClient:
                     raise SourceLied(f"{host.name} sent bytes with digest {found} as {descriptor.digest}", source=host.name)
                 return bytes(data)
             except SourceError as exc:
-                if is_last:
-                    raise
-                log.info("mirror_passed_over", mirror=host.name, digest=descriptor.digest, reason=str(exc))
-        raise SourceRefused(f"no host may serve blobs of {ref.registry}; see its hosts.toml", source=ref.registry)
+                failure = _weightier(failure, host, exc)
+        raise failure or SourceRefused(f"no host may serve blobs of {ref.registry}; see its hosts.toml", source=ref.registry)
 
     def fetch_ranges(
         self, ref: ImageReference, digest: Digest, blob_size: int, ranges: Sequence[tuple[int, int]]
@@ -163,17 +161,16 @@ class RegistryClient:
             await trio.lowlevel.checkpoint()
             return
         hosts = await self._serving(ref.registry, "pull")
-        for host, attempts, is_last in hosts:
+        failure: SourceError | None = None
+        for host, attempts in hosts:
             try:
                 async with aclosing(self._blobs.read(host, ref.repository, digest, blob_size, wanted, attempts)) as stream:
                     async for item in stream:
                         yield item
                 return
             except SourceError as exc:
-                if is_last:
-                    raise
-                log.info("mirror_passed_over", mirror=host.name, digest=digest, reason=str(exc))
-        raise SourceRefused(f"no host may serve blobs of {ref.registry}; see its hosts.toml", source=ref.registry)
+                failure = _weightier(failure, host, exc)
+        raise failure or SourceRefused(f"no host may serve blobs of {ref.registry}; see its hosts.toml", source=ref.registry)
 
     async def push_blob(
         self, ref: ImageReference, source: Path | bytes, digest: Digest | None = None, *, chunk_bytes: int | None = None
@@ -201,13 +198,13 @@ class RegistryClient:
         return await self._pusher.push_manifest(await self._own_host(ref.registry), ref.repository, locator, raw, media_type)
 
     async def _own_host(self, registry: str) -> RegistryHost:
-        able = [host for host, _, _ in await self._serving(registry, "push") if not host.is_mirror]
+        able = [host for host, _ in await self._serving(registry, "push") if not host.is_mirror]
         if not able:
             raise SourceRefused(f"hosts.toml of {registry} does not let anybody push to it", source=registry)
         return able[-1]
 
-    async def _serving(self, registry: str, capability: str) -> list[tuple[RegistryHost, int, bool]]:
-        """Hosts to try in this order, each with its number of attempts and whether it is the last."""
+    async def _serving(self, registry: str, capability: str) -> list[tuple[RegistryHost, int]]:
+        """Hosts to try in this order, each with its number of attempts."""
         known = self._hosts.get(registry)
         if known is None or known[0] <= trio.current_time():
             hosts, trouble = await trio.to_thread.run_sync(
@@ -220,7 +217,7 @@ class RegistryClient:
         able = [host for host in known[1] if capability in host.capabilities]
         able.sort(key=self._exchanger.is_down)  # stable: the file's order, those that are down last
         last = len(able) - 1
-        return [(host, _OWN_ATTEMPTS if at == last else _MIRROR_ATTEMPTS, at == last) for at, host in enumerate(able)]
+        return [(host, _OWN_ATTEMPTS if at == last else _MIRROR_ATTEMPTS) for at, host in enumerate(able)]
 
 
 @asynccontextmanager
@@ -257,6 +254,16 @@ async def open_registry_client(
             hosts_dir,
             frozenset(insecure),
         )
+
+
+_Failure = TypeVar("_Failure", bound=SourceError | FormatError)
+
+
+def _weightier(known: _Failure | None, host: RegistryHost, failure: _Failure) -> _Failure:
+    """Which failure to raise if all hosts fail: the registry's own says more than a mirror's."""
+    if host.is_mirror:
+        log.info("mirror_passed_over", mirror=host.name, registry=host.registry, reason=str(failure))
+    return failure if known is None or not host.is_mirror else known
 
 
 def _digest_file(path: Path) -> Digest:

@@ -239,8 +239,10 @@ class Connections:
         except trio.TooSlowError as exc:
             raise SourceUnavailable(f"{host} did not answer in {trio.current_time() - began:.0f} s", source=host) from exc
         except httpx.ConnectError as exc:
-            if "CERTIFICATE_VERIFY_FAILED" in str(exc):
-                raise SourceRefused(f"{host} could not prove who it is: {exc}; add its CA to hosts.toml", source=host) from exc
+            reason = _reason(exc)
+            if isinstance(reason, ssl.SSLCertVerificationError):
+                what = reason.verify_message
+                raise SourceRefused(f"{host} could not prove who it is ({what}); add its CA to hosts.toml", source=host) from exc
             raise _unavailable(exc, host, "while connecting") from exc
         except httpx.UnsupportedProtocol as exc:
             raise SourceRefused(f"{host}: {exc}", source=host) from exc
@@ -297,5 +299,20 @@ def _unavailable(exc: httpx.HTTPError, host: str, when: str) -> SourceUnavailabl
         what = "cannot be reached"
     elif isinstance(exc, httpx.RemoteProtocolError):
         what = "broke the HTTP protocol or the connection"
-    detail = str(exc)
-    return SourceUnavailable(f"{host} {what} {when}" + (f": {detail[:200]}" if detail else ""), source=host)
+    detail = str(_reason(exc))[:200]
+    return SourceUnavailable(f"{host} {what} {when}" + (f": {detail}" if detail else ""), source=host)
+
+
+def _reason(exc: BaseException) -> BaseException:
+    """The system's or the TLS library's own error beneath the libraries' wrappings; `exc` itself if there is none."""
+    at: BaseException | None = exc
+    found = exc
+    for _ in range(12):
+        if isinstance(at, BaseExceptionGroup):
+            at = at.exceptions[0]
+        if at is None:
+            break
+        if isinstance(at, OSError):
+            found = at
+        at = at.__cause__ or at.__context__
+    return found

@@ -113,6 +113,7 @@ class Exchanger:
 
     async def _attempt(self, host: RegistryHost, request: Request) -> Answer:
         logins, stale_urls = 0, 0
+        fresh: str | None = None
         while True:
             kept = self._kept_url(host, request)
             if kept is not None:
@@ -128,7 +129,8 @@ class Exchanger:
             headers: dict[str, str] = {}
             if origin_of(url) == origin_of(host.base_url):
                 headers.update(host.headers)
-                used = await self._authorizer.header(host, request.scope)
+                # a token just given is used even if its life is over at once
+                used = fresh or await self._authorizer.header(host, request.scope)
                 if used is not None:
                     headers["Authorization"] = used
             answer = await self._follow(host, request, url, headers, 0)
@@ -143,7 +145,7 @@ class Exchanger:
                         source=host.name,
                         status=401,
                     )
-                await self._authorizer.answer(host, request.scope, challenges, used)
+                fresh = await self._authorizer.answer(host, request.scope, challenges, used)
                 continue
             if not is_own and answer.status in {401, 403, 404, 410} and stale_urls == 0:
                 # the registry itself may have handed out a kept URL that ended; it makes a new one
