@@ -81,7 +81,9 @@ def log(text: str) -> None:
 class Holder:
     """The poll loop and what it knows."""
 
-    def __init__(self, flags: dict[str, str], fuse: int, listener: socket.socket, lock: int, mount_token: str) -> None:
+    def __init__(
+        self, flags: dict[str, str], fuse: int, listener: socket.socket, lock: int, mount_token: str, requests: int
+    ) -> None:
         self.run_dir = flags["run-dir"]
         self.flags = flags
         self.fuse = fuse
@@ -99,7 +101,7 @@ class Holder:
         self.old_pid = 0
         self.is_stopping = False
         self.ready_waiters: list[socket.socket] = []
-        self.requests = bind(f"{self.run_dir}/holder.sock")
+        self.requests = socket.socket(fileno=requests) if requests >= 0 else bind(f"{self.run_dir}/holder.sock")
         self.wake, wake = socket.socketpair()
         self._wake_end = wake
         wake.setblocking(False)
@@ -369,7 +371,7 @@ def open_mount(run_dir: str) -> int:
     os.makedirs(target, mode=0o755, exist_ok=True)
     fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
-    syscalls.mount("shoal", target, "fuse.shoal", 0, options)
+    syscalls.mount("shoal", target, "fuse.shoal", syscalls.MS_RDONLY, options)
     os.write(fuse, answer_init(os.read(fuse, 65536)))
     return fuse
 
@@ -435,7 +437,7 @@ def start(run_dir: str, nothing: int, output: int) -> Holder | None:
     listener = bind(f"{run_dir}/fsmount.sock")
     for fd in (0, 1, 2):
         os.dup2(nothing if fd == 0 else output, fd)
-    holder = Holder(FLAGS, fuse, listener, lock, secrets.token_hex(8))
+    holder = Holder(FLAGS, fuse, listener, lock, secrets.token_hex(8), -1)
     holder.start_worker()
     return holder
 
@@ -446,14 +448,12 @@ def adopt(flags: dict[str, str]) -> Holder:
     for fd in (fuse, listen, lock, requests, control):
         if fd >= 0:
             os.set_inheritable(fd, False)
-    if requests >= 0:
-        os.close(requests)
     if lock < 0:
         lock = _take_lock(flags["run-dir"])
         if lock < 0:
             log("another holder is there")
             sys.exit(1)
-    holder = Holder(flags, fuse, socket.socket(fileno=listen), lock, flags["mount"])
+    holder = Holder(flags, fuse, socket.socket(fileno=listen), lock, flags["mount"], requests)
     holder.worker = Worker(pid, socket.socket(fileno=control), holder.program, is_ready=True)
     log(f"adopted worker {pid}")
     return holder

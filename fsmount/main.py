@@ -137,7 +137,10 @@ class Worker:
     async def record_forgotten(self, mounts: Mounts) -> None:
         """Take forgotten records out of the table."""
         async for record_id in self._forgotten:
-            await mounts.forget(record_id)
+            try:
+                await mounts.forget(record_id)
+            except OSError as error:  # a full disk must not end the service; a successor drops the record again
+                log.error("forgotten_not_recorded id=%d error=%s", record_id, error)
 
     async def probe(self, mounts: Mounts, server: LinkServer) -> None:
         """Find out what this machine can mount; connections wait for it."""

@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 import trio
 
 from fsmount import loop, syscalls
-from fsmount.errors import MountError
+from fsmount.errors import MountError, ShoalError
 from fsmount.root import Root
 from fsmount.table import LayerRecord, RootRecord, Table, VolumeRecord, store_table
 
@@ -60,15 +60,13 @@ class Mounts:
         for volume in list(table.volumes):
             try:
                 root.add_volume(volume)
-            except MountError as error:
-                log.error("volume_lost volume=%s error=%s", volume.name, error)
-            except Exception as error:  # noqa: BLE001  one bad volume must not keep all others from being served
+            except ShoalError as error:
                 log.error("volume_lost volume=%s error=%s", volume.name, error)
         for layer in list(table.layers):
             try:
                 root.add_layer(layer)
             except KeyError as error:
-                log.error("layer_lost layer=%s missing_volume=%s", layer.name, error)
+                log.error("layer_lost layer=%s missing_volume_id=%s", layer.name, error)
 
     async def probe(self, attempt: Callable[[str], Any]) -> list[str]:
         """The presentations that work here; tried once per FUSE mount. `attempt` is an async callable that raises if one fails."""
@@ -81,7 +79,8 @@ class Mounts:
                 except (OSError, MountError) as error:
                     log.warning("presentation_unavailable presentation=%s reason=%s", presentation, error)
             self._table.presentations = found
-            await self._save()
+            async with self._lock:
+                await self._save()
         return self._table.presentations
 
     @property
@@ -163,14 +162,17 @@ class Mounts:
                 if known.is_mounted and not same and await self._in_thread(_is_mounted, path):
                     raise MountError(f"layer {name} is mounted from other files; unmount it first", errno.EEXIST)
                 await self._take_down(known, path)
+            volume_ids = []
             for volume in volumes:
-                if self._root.volume(volume) is None:
+                registered = self._table.volume(volume)
+                if registered is None or self._root.volume(volume) is None:
                     raise MountError(f"volume {volume} of layer {name} is not registered", errno.ENOENT)
+                volume_ids.append(registered.id)
             candidates = [wanted] if wanted != "auto" else (self.presentations or list(PRESENTATIONS))
             refused: list[str] = []
             code = errno.EINVAL
             for candidate in candidates:
-                record = LayerRecord(name, self._table.new_id(), image_path, list(volumes), candidate)
+                record = LayerRecord(name, self._table.new_id(), image_path, list(volumes), volume_ids, candidate)
                 self._table.layers.append(record)
                 self._root.add_layer(record)
                 await self._save()
@@ -331,6 +333,7 @@ class Mounts:
             log.warning("readahead_not_set kib=%d error=%s", kib, error)
 
     async def _save(self) -> None:
+        """Under the lock: one writer of the file at a time."""
         await self._in_thread(store_table, self._run_dir / "fsmount.state", self._table.to_bytes())
 
     async def _in_thread(self, function: Callable[..., R], *args: Any) -> R:

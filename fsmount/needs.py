@@ -81,28 +81,35 @@ class Needs:
                 parked.failure = (code, text)
             parked.done.set()
 
-    async def wait(self, volume: str, offset: int, length: int, since: float) -> int:
+    async def wait(
+        self, volume: str, offset: int, length: int, since: float, patience_s: float | None = None, *, is_told: bool = False
+    ) -> int:
         """Park until the range was said to be present; gives 0, or the errno with which the read must fail.
 
-        `since` is when the read began (trio's clock): one deadline covers all the waits of a read.
+        `since` is when the read began (trio's clock): one deadline covers all the waits of a read. With `patience_s` the read
+        can be asked again in smaller parts: it is given up sooner, with EAGAIN and without a word in the log. `is_told`: the
+        log has it already that this read fails.
         """
-        parked = _Parked(next(self._numbers), volume, offset, length, since, since + self.deadline_s)
+        deadline = since + self.deadline_s
+        parked = _Parked(next(self._numbers), volume, offset, length, since, deadline)
         self._parked[parked.number] = parked
         try:
             self._tell(parked)
-            with trio.move_on_at(parked.deadline):
+            with trio.move_on_at(deadline if patience_s is None else min(deadline, since + patience_s)):
                 await parked.done.wait()
         finally:
             del self._parked[parked.number]
-        waited = trio.current_time() - since
-        if not parked.done.is_set():
-            reason = "the agent did not answer in time" if self._agents else "no agent is connected"
-            self._log(parked, waited, errno.EIO, reason)
-            return errno.EIO
+        if parked.done.is_set() and parked.failure is None:
+            return 0
+        if patience_s is not None:
+            return errno.EAGAIN
         if parked.failure is not None:
-            self._log(parked, waited, *parked.failure)
-            return parked.failure[0]
-        return 0
+            code, reason = parked.failure
+        else:
+            code, reason = errno.EIO, "the agent did not answer in time" if self._agents else "no agent is connected"
+        if not is_told:
+            self._log(parked, trio.current_time() - since, code, reason)
+        return code
 
     @staticmethod
     def _log(parked: _Parked, waited: float, code: int, reason: str) -> None:

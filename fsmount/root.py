@@ -37,6 +37,8 @@ _TREES: Final = 3
 _IMAGES: Final = 4
 _TOP: Final = {b"volumes": _VOLUMES, b"trees": _TREES, b"images": _IMAGES}
 _LOW: Final = 0xFFFFFFFF
+_DIRECT: Final = 1 << 62
+"""Set in the handle of a file opened with O_DIRECT."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -88,6 +90,8 @@ class Root(pyfuse3.Operations):
         self._layer_names: dict[bytes, int] = {}
         self._open: dict[int, Volume | _Layer] = {}
         self._retired: set[int] = set()
+        self._unknown: set[int] = set()
+        """Those of the retired that the kernel has forgotten, or never knew."""
 
     # What exists. Called by the mount table, on the loop.
 
@@ -108,10 +112,10 @@ class Root(pyfuse3.Operations):
     def add_layer(self, record: LayerRecord) -> None:
         """Show a layer. Its volumes must be there (KeyError)."""
         volumes = []
-        for name in record.volumes:
-            volume = self.volume(name)
-            if volume is None:
-                raise KeyError(name)
+        for number in record.volume_ids:
+            volume = self._open[number]
+            if not isinstance(volume, Volume):
+                raise KeyError(number)
             volumes.append(volume)
         self._open[record.id] = _Layer(record, volumes)
         if record.is_retired:
@@ -123,14 +127,24 @@ class Root(pyfuse3.Operations):
         """Close a volume or layer at once; its inodes are stale from now on."""
         found = self._open.pop(record_id, None)
         self._retired.discard(record_id)
+        self._unknown.discard(record_id)
         for names in (self._volume_names, self._layer_names):
             for name in [name for name, known in names.items() if known == record_id]:
                 del names[name]
         if isinstance(found, Volume):
             found.close()
+        elif found is not None:
+            for number in found.record.volume_ids:
+                if number in self._unknown and self._may_drop(number):
+                    self.drop(number)
+                    self._on_forgotten(number)
+
+    def _may_drop(self, record_id: int) -> bool:
+        """Whether a retired record that the kernel does not know may go; a volume may still have a tree over it."""
+        return not any(isinstance(layer, _Layer) and record_id in layer.record.volume_ids for layer in self._open.values())
 
     async def retire(self, record_id: int) -> bool:
-        """Take the name away. True if the kernel knew nothing of it, so that it may be dropped at once."""
+        """Take the name away. True if nothing uses the record, so that it may be dropped at once."""
         name, parents = b"", [_TREES, _IMAGES]
         for names, directories in ((self._volume_names, [_VOLUMES]), (self._layer_names, [_TREES, _IMAGES])):
             for known, number in list(names.items()):
@@ -139,8 +153,10 @@ class Root(pyfuse3.Operations):
                     del names[known]
         self._retired.add(record_id)
         # The kernel takes locks for this that a request being handled may hold: never on the loop.
-        known_names = await trio.to_thread.run_sync(_invalidate, parents, name, limiter=self._reader.disk)
-        return not known_names and record_id in self._retired
+        if await trio.to_thread.run_sync(_invalidate, parents, name, limiter=self._reader.disk):
+            return False
+        self._unknown.add(record_id)
+        return record_id in self._retired and self._may_drop(record_id)
 
     # What the kernel asks.
 
@@ -218,15 +234,18 @@ class Root(pyfuse3.Operations):
             # A tree's inodes come and go one by one; its root goes last.
             if isinstance(found, _Layer) and ino & _LOW and ino != found.open_tree().root:
                 continue
-            self.drop(record_id)
-            self._on_forgotten(record_id)
+            self._unknown.add(record_id)
+            if self._may_drop(record_id):
+                self.drop(record_id)
+                self._on_forgotten(record_id)
 
     @_answered
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise pyfuse3.FUSEError(errno.EROFS)
         self._find(inode)
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
+        handle = inode | _DIRECT if flags & os.O_DIRECT else inode
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=True)
 
     @_answered
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
@@ -238,11 +257,12 @@ class Root(pyfuse3.Operations):
 
     @_answered
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
-        found = self._find(fh)
+        is_direct, ino = bool(fh & _DIRECT), fh & ~_DIRECT
+        found = self._find(ino)
         if isinstance(found, Volume):
-            return await found.read(off, size)  # type: ignore[return-value]  # any buffer will do for pyfuse3
-        if fh & _LOW:
-            return await found.open_tree().read(fh, off, size)  # type: ignore[return-value]  # as above
+            return await found.read(off, size, is_direct=is_direct)  # type: ignore[return-value]  # any buffer will do for pyfuse3
+        if ino & _LOW:
+            return await found.open_tree().read(ino, off, size, is_direct=is_direct)  # type: ignore[return-value]  # as above
         return await trio.to_thread.run_sync(_read_image, found.record.image_path, off, size, limiter=self._reader.disk)
 
     @_answered

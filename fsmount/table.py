@@ -47,6 +47,7 @@ class LayerRecord:
     id: int
     image_path: str
     volumes: list[str]
+    volume_ids: list[int]
     presentation: str = ""
     uses_fuse: bool = False
     is_mounted: bool = False

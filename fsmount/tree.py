@@ -69,9 +69,13 @@ class Tree:
         return self.attributes(self._number(nid))
 
     def list(self, ino: int, start: int, emit: Emit) -> None:
-        """Tell the entries of a directory from position `start` on."""
-        for name, nid, _kind, following in self._reader.entries(ino & _NID_MASK, start):
-            if not emit(name, self.attributes(self._number(nid)), following):
+        """Tell the entries of a directory from position `start` on; the first two positions are those of "." and ".."."""
+        for position, name in enumerate((b".", b"..")):
+            # The kernel ignores the attributes of these two but for the inode number, and that of ".." nobody relies on.
+            if start <= position and not emit(name, self.attributes(ino), position + 1):
+                return
+        for name, nid, _kind, following in self._reader.entries(ino & _NID_MASK, max(0, start - 2)):
+            if not emit(name, self.attributes(self._number(nid)), following + 2):
                 return
 
     def readlink(self, ino: int) -> bytes:
@@ -89,8 +93,8 @@ class Tree:
         """Whether it is a regular file."""
         return stat.S_ISREG(self._reader.inode(ino & _NID_MASK).mode)
 
-    async def read(self, ino: int, offset: int, length: int) -> memoryview | bytes:
-        """Bytes of a file, cut at its end. The answer may lie in the volumes' shared buffer."""
+    async def read(self, ino: int, offset: int, length: int, *, is_direct: bool) -> memoryview | bytes:
+        """Bytes of a file, cut at its end; see `Volume.read`. The answer may lie in the volumes' shared buffer."""
         nid = ino & _NID_MASK
         length = min(length, self._reader.inode(nid).size - offset)
         if length <= 0:
@@ -98,11 +102,11 @@ class Tree:
         extents = self._reader.map_range(nid, offset, length)
         if len(extents) == 1 and extents[0][2] and extents[0][1] == length:
             _at, _length, device, device_offset = extents[0]
-            return await self._volumes[device - 1].read(device_offset, length)
+            return await self._volumes[device - 1].read(device_offset, length, is_direct=is_direct)
         data = bytearray(length)
         for at, count, device, device_offset in extents:
             if device:
-                part = await self._volumes[device - 1].read(device_offset, count)
+                part = await self._volumes[device - 1].read(device_offset, count, is_direct=is_direct)
                 data[at - offset : at - offset + len(part)] = part
         return bytes(data)
 
