@@ -7,6 +7,7 @@ on reading what is here, and the next agent takes over.
 
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -25,22 +26,33 @@ from agent.errors import SettingsError, ShoalError
 from agent.formats.model import Digest
 from agent.images.commands import ImageCommands
 from agent.images.fsmount_link import FsmountLink, open_fsmount_link
-from agent.images.layers import Layers, open_layers
+from agent.images.layers import Layers, PreparedLayer, open_layers
+from agent.images.records import FleetRecords
 from agent.observe.logs import set_up_logging
-from agent.registry import open_registry_client
+from agent.registry import Descriptor, ImageReference, open_registry_client
 from agent.resolve import Counters, Resolver, open_resolver
 from agent.resolve.sourcing import NodeSources
 from agent.runtimes.containerd.client import open_containerd
 from agent.runtimes.containerd.service import serve_snapshots
-from agent.runtimes.containerd.snapshotter import open_snapshotter
+from agent.runtimes.containerd.snapshotter import Snapshotter, open_snapshotter
 from agent.store import Store, StoredLayer, open_store
-from agent.swarm import FleetCredentials, PeerInfo, Possession, Swarm, load_identity, make_credentials, open_swarm, read_fleet_secret
+from agent.swarm import (
+    FleetCredentials,
+    PeerInfo,
+    Possession,
+    Swarm,
+    load_identity,
+    make_credentials,
+    open_swarm,
+    read_fleet_secret,
+)
 from agent.transfer import DataServer, PeerClient, open_data_server, open_peer_client
 from fsmount.link import Link, Need
 
 log = structlog.get_logger()
 
-SMALL_READ: Final = 128 << 10
+MAX_OPEN_FILES: Final = 65536
+PIN_OWNER: Final = "containerd"
 
 
 def run_agent(settings: Settings, *, version: str) -> int:
@@ -59,26 +71,27 @@ def run_agent(settings: Settings, *, version: str) -> int:
 def _reason(group: BaseExceptionGroup[BaseException]) -> ShoalError | None:
     """The one error of ours that ended the agent, if that is what it was."""
     ours, rest = group.split(ShoalError)
-    while ours is not None and rest is None:
-        first = ours.exceptions[0]
-        if isinstance(first, ShoalError):
-            return first
-        ours = first if isinstance(first, BaseExceptionGroup) else None
-    return None
+    if rest is not None or ours is None:
+        return None
+    first: BaseException = ours
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first if isinstance(first, ShoalError) else None
 
 
 class _StoreView:
     """What the swarm and the data server see of the store."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, records: FleetRecords) -> None:
         self._store = store
+        self._records = records
         self._disk = trio.CapacityLimiter(4)
 
     def possession(self, blob: Digest) -> Possession | None:
         """See `agent.swarm.PossessionSource`."""
         layer = self._store.layer(blob)
         if layer is None:
-            return None
+            return self._records.possession(blob)
         index = layer.pieces.index_piece
         start = layer.pieces.starts[index] if index >= 0 else -1
         return Possession(blob, layer.blob_size, len(layer.pieces), layer.possession(), start)
@@ -90,19 +103,59 @@ class _StoreView:
     def blob_size(self, blob: Digest) -> int | None:
         """See `agent.transfer.BlobReader`."""
         layer = self._store.layer(blob)
-        return None if layer is None else layer.blob_size
+        if layer is None:
+            record = self._records.get(blob)
+            return None if record is None else len(record)
+        return layer.blob_size
 
     def has_range(self, blob: Digest, start: int, stop: int) -> bool:
         """See `agent.transfer.BlobReader`."""
         layer = self._store.layer(blob)
-        return layer is not None and all(layer.has_piece(piece) for piece in layer.pieces.covering(start, stop))
+        if layer is None:
+            return self._records.get(blob) is not None
+        return all(layer.has_piece(piece) for piece in layer.pieces.covering(start, stop))
 
     async def read_range(self, blob: Digest, start: int, stop: int) -> bytes | None:
         """See `agent.transfer.BlobReader`. What was fetched lately is in the page cache; a thread hop costs more than the read."""
         layer = self._store.layer(blob)
         if layer is None:
-            return None
+            await trio.lowlevel.checkpoint()
+            record = self._records.get(blob)
+            return None if record is None else record[start:stop]
         return await trio.to_thread.run_sync(layer.read_blob, start, stop, limiter=self._disk)
+
+
+@attrs.frozen
+class _PinnedLayers:
+    """What containerd's snapshotter sees of the layers: those that it serves are kept from eviction."""
+
+    layers: Layers
+    store: Store
+
+    async def prepare(
+        self, image: ImageReference | None, layer: Descriptor, neighbours: Sequence[Descriptor] = ()
+    ) -> PreparedLayer:
+        """See `agent.runtimes.containerd.snapshotter.LayerService`."""
+        prepared = await self.layers.prepare(image, layer, neighbours)
+        await self.store.pin(Digest(layer.digest), PIN_OWNER)
+        return prepared
+
+    async def restore(self, name: str) -> Path:
+        """See `agent.runtimes.containerd.snapshotter.LayerService`."""
+        path = await self.layers.restore(name)
+        await self.store.pin(Digest(f"sha256:{name}"), PIN_OWNER)
+        return path
+
+    async def release(self, name: str) -> None:
+        """See `agent.runtimes.containerd.snapshotter.LayerService`. What `shoal mount` shows stays mounted."""
+        digest = Digest(f"sha256:{name}")
+        await self.store.unpin(digest, PIN_OWNER)
+        if not self.store.pins(digest):
+            await self.layers.release(name)
+
+    def cached_bytes(self, name: str) -> int:
+        """See `agent.runtimes.containerd.snapshotter.LayerService`."""
+        return self.layers.cached_bytes(name)
 
 
 @attrs.define(eq=False)
@@ -118,6 +171,7 @@ class _Agent:
     link: FsmountLink
     layers: Layers
     commands: ImageCommands
+    snapshotter: Snapshotter | None
     problems: list[str]
     started: float
 
@@ -144,6 +198,7 @@ class _Agent:
             "cache_disk_bytes": self.store.usage(),
             "cache_quota": self.settings.cache_quota,
             "layers": [_describe(layer) for layer in self.store.layers()],
+            "degraded": self.snapshotter.degraded() if self.snapshotter else {},
             "problems": [*self.problems, *([self.link.problem] if self.link.problem else [])],
         }
 
@@ -181,6 +236,7 @@ def _describe(layer: StoredLayer) -> dict[str, Any]:
 
 async def _run(settings: Settings, version: str) -> None:
     _check_directories(settings)
+    _raise_file_limit()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_serve, settings, version)
@@ -198,6 +254,14 @@ def _check_directories(settings: Settings) -> None:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise SettingsError(f"cannot make {path}: {exc.strerror}") from exc
+
+
+def _raise_file_limit() -> None:
+    """Two files stay open for each stored layer, and a connection for each peer: the usual soft limit of 1,024 is too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(MAX_OPEN_FILES, hard) if hard != resource.RLIM_INFINITY else MAX_OPEN_FILES
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _credentials(settings: Settings) -> tuple[Any, FleetCredentials | None]:
@@ -223,7 +287,7 @@ async def _serve(settings: Settings, version: str) -> None:
     async with AsyncExitStack() as stack:
         pieces_changed: list[NodeSources] = []
 
-        def on_pieces(blob: Digest, pieces: Sequence[int], held: bool) -> None:  # noqa: FBT001 - the store's signature
+        def on_pieces(blob: Digest, pieces: Sequence[int], held: bool) -> None:
             for sources in pieces_changed:
                 sources.pieces_changed(blob, pieces, held=held)
 
@@ -234,7 +298,9 @@ async def _serve(settings: Settings, version: str) -> None:
             open_registry_client(settings.registry_hosts_dir, docker_config, insecure=settings.insecure_registries)
         )
         identity, credentials = await trio.to_thread.run_sync(_credentials, settings)
-        view = _StoreView(store)
+        records = FleetRecords(store)
+        await records.load()
+        view = _StoreView(store, records)
         server: DataServer | None = None
         client: PeerClient | None = None
         if credentials is not None:
@@ -275,7 +341,11 @@ async def _serve(settings: Settings, version: str) -> None:
 
         link = await stack.enter_async_context(
             open_fsmount_link(
-                settings.run_dir, on_need, on_connected, read_deadline_s=settings.read_deadline, presentation=settings.presentation
+                settings.run_dir,
+                on_need,
+                on_connected,
+                read_deadline_s=settings.read_deadline,
+                presentation=settings.presentation,
             )
         )
         layers = await stack.enter_async_context(
@@ -290,12 +360,13 @@ async def _serve(settings: Settings, version: str) -> None:
                 background=settings.background_fetch,
             )
         )
+        snapshotter: Snapshotter | None = None
         if settings.snapshotter:
-            snapshotter = await stack.enter_async_context(open_snapshotter(settings.state_dir, layers))
+            snapshotter = await stack.enter_async_context(open_snapshotter(settings.state_dir, _PinnedLayers(layers, store)))
             await stack.enter_async_context(serve_snapshots(snapshotter, settings.run_dir / "containerd.sock"))
         containerd = await stack.enter_async_context(open_containerd(str(settings.containerd_address)))
-        commands = ImageCommands(store, registry, layers, resolver, link, containerd)
-        agent = _Agent(settings, version, store, swarm, server, resolver, link, layers, commands, problems, started)
+        commands = ImageCommands(store, registry, layers, resolver, link, containerd, records, swarm, client)
+        agent = _Agent(settings, version, store, swarm, server, resolver, link, layers, commands, snapshotter, problems, started)
         with trio.move_on_after(30) as waiting:
             await link.current()
         if waiting.cancelled_caught:

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from agent import config
 from agent.errors import SettingsError, ShoalError
@@ -71,11 +71,20 @@ def _parser() -> argparse.ArgumentParser:
 
     add("agent", _agent, "run this node's agent in the foreground; starts fsmount where none runs", None)
     fsmount = add(
-        "fsmount", _fsmount, "start, upgrade or stop the process that owns this node's mounts", ("run_dir", "read_deadline", "presentation")
+        "fsmount",
+        _fsmount,
+        "start, upgrade or stop the process that owns this node's mounts",
+        ("run_dir", "read_deadline", "presentation"),
     )
     what = fsmount.add_mutually_exclusive_group()
-    what.add_argument("--upgrade", action="store_true", help="let the installed version take over from the running one; readers wait, none fails")
-    what.add_argument("--stop", action="store_true", help="unmount everything and end it; containers that still use a layer get errors")
+    what.add_argument(
+        "--upgrade",
+        action="store_true",
+        help="let the installed version take over from the running one; readers wait, none fails",
+    )
+    what.add_argument(
+        "--stop", action="store_true", help="unmount everything and end it; containers that still use a layer get errors"
+    )
     pull = add("pull", _pull, "bring an image into containerd lazily", ("run_dir",))
     pull.add_argument("image", metavar="IMAGE", help="image reference, for example docker.io/library/python:3.12-esgz")
     pull.add_argument("--namespace", default="default", help="containerd namespace; Kubernetes uses k8s.io (default: default)")
@@ -114,7 +123,10 @@ def _settings(args: argparse.Namespace) -> config.Settings:
 
 
 def _agent(args: argparse.Namespace) -> int:
-    from agent.app import run_agent  # noqa: PLC0415 - imports libp2p
+    from agent.observe.slim_imports import without_decoration  # noqa: PLC0415
+
+    with without_decoration():
+        from agent.app import run_agent  # noqa: PLC0415 - imports libp2p
 
     return run_agent(_settings(args), version=_version())
 
@@ -150,7 +162,7 @@ class _Progress:
         self._tasks: dict[str, Any] = {}
         self._shown = sys.stderr.isatty() and not quiet
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -196,7 +208,9 @@ def _mount(args: argparse.Namespace) -> int:
     directory = Path(args.directory).absolute()
     result = _call(args, "mount", {"image": args.image, "directory": str(directory)}, args.image)
     if not args.quiet:
-        print(f"{result['image']} is mounted at {directory} ({result['layers']} layers, {result['presentation']}) in {result['seconds']:.2f} s")
+        print(
+            f"{result['image']} is mounted at {directory} ({result['layers']} layers, {result['presentation']}) in {result['seconds']:.2f} s"
+        )
     return 0
 
 
@@ -219,14 +233,24 @@ def _status(args: argparse.Namespace) -> int:
         print(json.dumps(status, indent=2, sort_keys=True))
         return 0
     fetched, pids = status["bytes"], status["pids"]
-    print(f"agent {status['version']}, up {status['uptime_s']:.0f} s; processes: agent {pids['agent']}, fsmount {pids['fsmount']}, holder {pids['holder']}")
+    print(
+        f"agent {status['version']}, up {status['uptime_s']:.0f} s; processes: agent {pids['agent']}, fsmount {pids['fsmount']}, holder {pids['holder']}"
+    )
     print(f"fleet: {status['fleet']}; peer id {status['peer_id'] or 'none'}; {status['peers']} peers connected")
-    print(f"layers: {len(status['layers'])} known, shown as {status['presentation'] or 'nothing yet'}; cache {_size(status['cache_disk_bytes'])} of {_size(status['cache_quota']) if status['cache_quota'] else 'unlimited'}")
-    print(f"fetched: {_size(fetched['peers'])} from peers, {_size(fetched['registry'])} from registries, {_size(fetched['cache'])} found on this node; {status['chunks_verified']} chunks verified")
-    print(f"served to peers: {_size(status['served_bytes'])}; reads that had to wait: {status['demand_waits']}; reads that failed: {status['failed_reads']}")
+    print(
+        f"layers: {len(status['layers'])} known, shown as {status['presentation'] or 'nothing yet'}; cache {_size(status['cache_disk_bytes'])} of {_size(status['cache_quota']) if status['cache_quota'] else 'unlimited'}"
+    )
+    print(
+        f"fetched: {_size(fetched['peers'])} from peers, {_size(fetched['registry'])} from registries, {_size(fetched['cache'])} found on this node; {status['chunks_verified']} chunks verified"
+    )
+    print(
+        f"served to peers: {_size(status['served_bytes'])}; reads that had to wait: {status['demand_waits']}; reads that failed: {status['failed_reads']}"
+    )
     for layer in status["layers"]:
         share = layer["pieces_held"] / max(1, layer["pieces"])
-        print(f"  {layer['digest'][7:19]} {share:4.0%} of {_size(layer['blob_size']):>10}  {layer['format']:<12} {layer['image']}")
+        print(
+            f"  {layer['digest'][7:19]} {share:4.0%} of {_size(layer['blob_size']):>10}  {layer['format']:<12} {layer['image']}"
+        )
     for problem in status["problems"]:
         print(f"problem: {problem}")
     return 0
@@ -240,7 +264,9 @@ def _peers(args: argparse.Namespace) -> int:
     if not peers:
         print("no peers; `shoal doctor` tells why a node may be alone")
     for peer in peers:
-        print(f"{peer['peer_id']}  data {peer['data_address'] or '?'}  {peer['rtt_ms'] or '?'} ms  zone {peer['zone'] or '-'}  holds {peer['blobs']} blobs we asked for")
+        print(
+            f"{peer['peer_id']}  data {peer['data_address'] or '?'}  {peer['rtt_ms'] or '?'} ms  zone {peer['zone'] or '-'}  holds {peer['blobs']} blobs we asked for"
+        )
     return 0
 
 
@@ -249,7 +275,9 @@ def _scrub(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report, indent=2, sort_keys=True))
         return 0
-    print(f"hashed {report['chunks']} chunks ({_size(report['bytes'])}) of {report['layers']} layers: {len(report['bad'])} damaged, {report['replaced']} replaced")
+    print(
+        f"hashed {report['chunks']} chunks ({_size(report['bytes'])}) of {report['layers']} layers: {len(report['bad'])} damaged, {report['replaced']} replaced"
+    )
     for bad in report["bad"]:
         print(f"  {bad}")
     return 0 if report["replaced"] == len(report["bad"]) else 1

@@ -80,7 +80,9 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def _setting(default: object, parse: Callable[[str], object], unit: str, help_text: str) -> Any:  # attrs.field is typed by its default
+def _setting(
+    default: object, parse: Callable[[str], object], unit: str, help_text: str
+) -> Any:  # attrs.field is typed by its default
     return attrs.field(default=default, metadata={"parse": parse, "unit": unit, "help": help_text})
 
 
@@ -94,7 +96,10 @@ class Settings:
         None, _path, "FILE", "secret shared by the fleet; without it the node works alone and shares nothing"
     )
     bootstrap_peers: tuple[str, ...] = _setting(
-        (), parse_list, "ADDRS", "peers to contact first: multiaddrs, comma separated; /dns4/… is looked up, /p2p/… may be left out"
+        (),
+        parse_list,
+        "ADDRS",
+        "peers to contact first: multiaddrs, comma separated; /dns4/… is looked up, /p2p/… may be left out",
     )
     listen: str = _setting("/ip4/0.0.0.0/tcp/4405", str, "ADDR", "where to listen for the fleet's control traffic (libp2p)")
     data_listen: str = _setting("0.0.0.0:4406", str, "HOST:PORT", "where to serve pieces to peers (HTTP over mutual TLS)")
@@ -152,13 +157,18 @@ def show_value(value: object) -> str:
 
 def add_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
     """Add the flags of the named settings (all by default), and `--config`."""
-    group = parser.add_argument_group("settings", "each is also an environment variable (SHOAL_READ_DEADLINE) and a TOML key (read_deadline)")
+    group = parser.add_argument_group(
+        "settings", "each is also an environment variable (SHOAL_READ_DEADLINE) and a TOML key (read_deadline)"
+    )
     group.add_argument("--config", metavar="FILE", help=f"TOML file with settings (default: {DEFAULT_FILE} if it exists)")
     for field in _rows(names):
         help_text = field.metadata["help"].replace("%", "%%")
         if isinstance(field.default, bool):
             group.add_argument(
-                _flag(field.name), action=argparse.BooleanOptionalAction, default=None, help=f"{help_text} (default: {show_value(field.default)})"
+                _flag(field.name),
+                action=argparse.BooleanOptionalAction,
+                default=None,
+                help=f"{help_text} (default: {show_value(field.default)})",
             )
             continue
         default = f"{field.default >> 30}GiB" if field.name == "cache_quota" else show_value(field.default)

@@ -27,7 +27,9 @@ def call(
         try:
             sock.connect(str(path))
         except OSError as exc:
-            raise LinkError(f"no agent answers at {path} ({exc.strerror}); start one with `shoal agent --run-dir {run_dir}`") from exc
+            raise LinkError(
+                f"no agent answers at {path} ({exc.strerror}); start one with `shoal agent --run-dir {run_dir}`"
+            ) from exc
         body = msgpack.packb({"call": name, "args": dict(args or {})})
         sock.sendall(struct.pack("<I", len(body)) + body)
         while True:

@@ -25,7 +25,9 @@ async def adopt_chunks(store: Store, layer: StoredLayer, resolver: Resolver, lim
     table = layer.chunks
     missing = [number for number in range(len(table)) if not layer.has_chunk(number)]
     found = await store.find_chunks([table.digest(number) for number in missing])
-    pairs = [(number, *place) for number, place in zip(missing, found, strict=True) if place is not None and place[0] is not layer]
+    pairs = [
+        (number, *place) for number, place in zip(missing, found, strict=True) if place is not None and place[0] is not layer
+    ]
 
     def copy(part: list[tuple[int, StoredLayer, int]]) -> list[int]:
         done = []
@@ -37,11 +39,13 @@ async def adopt_chunks(store: Store, layer: StoredLayer, resolver: Resolver, lim
                 log.debug("chunk_not_copied", layer=layer.digest, chunk=number, reason=str(exc))
         return done
 
-    saved = 0
+    members: set[int] = set()
     for at in range(0, len(pairs), SLICE):
         done = await trio.to_thread.run_sync(copy, pairs[at : at + SLICE], limiter=limiter)
         resolver.chunks_arrived(layer.digest, done)
-        saved += sum(table.blob_length[number] for number in done)
+        members.update(done)
+    # Several chunks may share a member; its bytes are saved once, and only if all of it is here.
+    saved = sum({table.blob_offset[number]: table.blob_length[number] for number in members}.values())
     resolver.counters.cache_bytes += saved
     if saved:
         log.info("chunks_copied", layer=layer.digest, chunks=len(pairs), saved_bytes=saved)

@@ -10,15 +10,18 @@ import attrs
 import structlog
 import trio
 
-from agent.errors import ShoalError, SourceError, StoreError
+from agent.errors import ShoalError, SourceUnavailable, StoreError
 from agent.formats import estargz
 from agent.formats.model import Digest, FormatError
 from agent.images.fsmount_link import FsmountLink
-from agent.images.layers import Layers, PreparedLayer, layer_name
+from agent.images.layers import Layers, PreparedLayer
+from agent.images.records import FleetRecords
 from agent.registry import ImageReference, RegistryClient, ResolvedManifest
-from agent.resolve import Priority, Resolver
+from agent.resolve import Resolver
 from agent.runtimes.containerd.client import Containerd
 from agent.store import BadSpot, ScrubProgress, Store
+from agent.swarm import Swarm
+from agent.transfer import PeerClient
 from fsmount.erofs import write_image
 
 log = structlog.get_logger()
@@ -42,7 +45,9 @@ class ImageCommands:
     resolver: Resolver
     link: FsmountLink
     containerd: Containerd
-    _roots: dict[str, list[str]] = attrs.field(factory=dict)
+    records: FleetRecords
+    swarm: Swarm
+    peers: PeerClient | None
 
     async def pull(self, args: dict[str, Any], emit: Emit) -> dict[str, Any]:
         """Bring an image into containerd; its layers are served by this agent's snapshotter."""
@@ -102,28 +107,29 @@ class ImageCommands:
                 await self.store.unpin(layer.digest, f"{ROOTS}:{directory}")
 
     async def _manifest(self, image: ImageReference) -> ResolvedManifest:
-        """The image's manifest: from the registry, or what this node knows of it while the registry is away."""
+        """The image's manifest: from the registry, or what the fleet knows of it while the registry is away."""
         try:
             resolved = await self.registry.resolve(image)
-        except SourceError as exc:
-            known = await self._remembered(image)
+        except SourceUnavailable as exc:
+            known = await self.records.find_image(image, self.swarm, self.peers)
             if known is None:
                 raise
-            log.warning("image_from_memory", image=str(image), digest=known.digest, reason=str(exc))
+            log.warning("image_from_fleet", image=str(image), digest=known.digest, reason=str(exc))
             return known
-        await self.store.put_document("manifest", str(image), _dump(resolved))
+        await self.records.keep_image(image, resolved)
         return resolved
-
-    async def _remembered(self, image: ImageReference) -> ResolvedManifest | None:
-        raw = await self.store.get_document("manifest", str(image))
-        return _load(raw) if raw is not None else None
 
     async def _resolve(self, image: ImageReference) -> tuple[ResolvedManifest, bytes, list[str]]:
         resolved = await self._manifest(image)
-        config = await self.store.get_document("config", resolved.config.digest)
+        config = self.records.get(resolved.config.digest)
         if config is None:
-            config = await self.registry.fetch_small(image, resolved.config, max_bytes=MAX_CONFIG_BYTES)
-            await self.store.put_document("config", resolved.config.digest, config)
+            try:
+                config = await self.registry.fetch_small(image, resolved.config, max_bytes=MAX_CONFIG_BYTES)
+            except SourceUnavailable:
+                config = await self.records.find(resolved.config.digest, self.swarm, self.peers)
+                if config is None:
+                    raise
+            await self.records.keep(resolved.config.digest, config)
         try:
             diff_ids = list(json.loads(config)["rootfs"]["diff_ids"])
         except (ValueError, KeyError, TypeError) as exc:
@@ -145,7 +151,14 @@ class ImageCommands:
                 failure.append(exc)
                 scope.cancel()
             else:
-                await emit({"what": str(image.tag or "layers"), "done": len(prepared), "total": len(resolved.layers), "state": "layers ready"})
+                await emit(
+                    {
+                        "what": str(image.tag or "layers"),
+                        "done": len(prepared),
+                        "total": len(resolved.layers),
+                        "state": "layers ready",
+                    }
+                )
 
         async with trio.open_nursery() as nursery:
             for number in range(len(resolved.layers)):
@@ -160,7 +173,9 @@ class ImageCommands:
 
         def progress(state: ScrubProgress) -> None:
             try:
-                send.send_nowait({"what": "scrubbing", "done": state.done_bytes, "total": state.total_bytes, "state": f"{state.bad} damaged"})
+                send.send_nowait(
+                    {"what": "scrubbing", "done": state.done_bytes, "total": state.total_bytes, "state": f"{state.bad} damaged"}
+                )
             except trio.WouldBlock:
                 return  # the client is slower than the disk; the next one tells the same
 
@@ -177,7 +192,10 @@ class ImageCommands:
             "chunks": report.chunks,
             "pieces": report.pieces,
             "bytes": report.size_bytes,
-            "bad": [f"{spot.kind} {spot.number} of layer {spot.layer} ({spot.size} bytes at offset {spot.offset})" for spot in report.bad],
+            "bad": [
+                f"{spot.kind} {spot.number} of layer {spot.layer} ({spot.size} bytes at offset {spot.offset})"
+                for spot in report.bad
+            ],
             "replaced": replaced,
         }
 
@@ -223,32 +241,7 @@ class ImageCommands:
         image = await trio.to_thread.run_sync(build)
         return await trio.to_thread.run_sync(layer.repair_image, image)
 
-    def refetch_background(self, digest: Digest) -> None:
-        """Have the rest of a layer fetched when the node is idle."""
-        layer = self.store.layer(digest)
-        if layer is not None:
-            self.resolver.prefetch(digest, range(len(layer.pieces)), Priority.BACKGROUND)
-
 
 async def _forward(receive: "trio.MemoryReceiveChannel[dict[str, Any]]", emit: Emit) -> None:
     async for event in receive:
         await emit(event)
-
-
-def _dump(resolved: ResolvedManifest) -> bytes:
-    return json.dumps({"digest": resolved.digest, "media_type": resolved.media_type, "raw": resolved.raw.decode()}).encode()
-
-
-def _load(raw: bytes) -> ResolvedManifest:
-    from agent.registry import Manifest, parse_manifest  # noqa: PLC0415
-
-    record = json.loads(raw)
-    manifest = parse_manifest(record["raw"].encode(), record["media_type"])
-    if not isinstance(manifest, Manifest):
-        raise FormatError("a remembered manifest is none")
-    return ResolvedManifest(
-        Digest(record["digest"]), record["media_type"], record["raw"].encode(), manifest.config, tuple(manifest.layers)
-    )
-
-
-__all__ = ["ImageCommands", "layer_name"]

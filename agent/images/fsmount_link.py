@@ -53,7 +53,12 @@ class FsmountLink:
                 await start()
                 async with open_link(run_dir, on_need) as link:
                     await on_connected(link)
-                    log.info("fsmount_connected", pid=link.info.pid, holder_pid=link.info.holder_pid, presentations=link.info.presentations)
+                    log.info(
+                        "fsmount_connected",
+                        pid=link.info.pid,
+                        holder_pid=link.info.holder_pid,
+                        presentations=link.info.presentations,
+                    )
                     self.problem, delay = "", RETRY_S
                     self._set(link)
                     try:

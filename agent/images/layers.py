@@ -97,7 +97,9 @@ class Layers:
         self._cpu = trio.CapacityLimiter(2)
         self._whole = WholeFetcher(store, sources, counters, work_dir, self._cpu)
 
-    async def prepare(self, image: ImageReference | None, layer: Descriptor, neighbours: Sequence[Descriptor] = ()) -> PreparedLayer:
+    async def prepare(
+        self, image: ImageReference | None, layer: Descriptor, neighbours: Sequence[Descriptor] = ()
+    ) -> PreparedLayer:
         """Make a layer readable. Callers of the same layer share the work; one that goes away does not stop it.
 
         `neighbours` are prepared as well, without being waited for.
@@ -138,7 +140,9 @@ class Layers:
             if image is None:
                 raise SourceRefused(f"layer {digest} is not on this node and no image says where it is")
             stored = await self._fetch(image, layer, digest)
-            log.info("layer_ready", layer=digest, image=str(image), format=stored.extra.get("format"), size_bytes=stored.blob_size)
+            log.info(
+                "layer_ready", layer=digest, image=str(image), format=stored.extra.get("format"), size_bytes=stored.blob_size
+            )
         return await self._present(stored)
 
     async def _fetch(self, image: ImageReference, layer: Descriptor, digest: Digest) -> StoredLayer:
@@ -171,7 +175,9 @@ class Layers:
             await trio.to_thread.run_sync(_keep_index, stored, index_start, index_bytes, limiter=self._cpu)
         return stored
 
-    async def _fetch_toc(self, image: ImageReference, layer: Descriptor, digest: Digest, toc_digest: Digest) -> tuple[bytes, int, bytes]:
+    async def _fetch_toc(
+        self, image: ImageReference, layer: Descriptor, digest: Digest, toc_digest: Digest
+    ) -> tuple[bytes, int, bytes]:
         """(TOC JSON, blob offset where the index begins, the bytes from there to the blob's end), from a peer or the registry."""
         for source, start, size in await self._sources.index_holders(digest):
             if size != layer.size or not 0 <= start < size:

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol
+from typing import BinaryIO, Final, Protocol, Self
 
 import attrs
 import structlog
@@ -67,16 +67,27 @@ class WholeFetcher:
                 failure = exc
         raise failure
 
-    async def _fetch_from(self, source: Source, image: ImageReference, layer: Descriptor, digest: Digest, diff_id: str) -> StoredLayer:
+    async def _fetch_from(
+        self, source: Source, image: ImageReference, layer: Descriptor, digest: Digest, diff_id: str
+    ) -> StoredLayer:
         with _Scratch(self.work_dir) as scratch:
-            plain = await self._stream(source, layer, digest, scratch)
+            try:
+                plain = await self._stream(source, layer, digest, scratch)
+            except FormatError as exc:
+                if source.kind != "peer":
+                    raise
+                # Damaged bytes seldom survive to the comparison of digests; the peer's word is not worth more than its bytes.
+                raise SourceLied(f"{source.name} sent a blob that is no layer: {exc}", source=source.name) from exc
             if plain.blob_digest != digest:
                 raise SourceLied(f"{source.name} sent a blob of digest {plain.blob_digest} for {digest}", source=source.name)
             if diff_id and plain.diff_id != diff_id:
                 raise FormatError(f"layer {digest} unpacks to {plain.diff_id}, but the image says {diff_id}")
             stored = self.store.layer(digest)
             if stored is None:
-                meta = await trio.to_thread.run_sync(lambda: write_image(plain.index.root, volume_size=plain.index.volume_size, user_markers=False), limiter=self.cpu)
+                meta = await trio.to_thread.run_sync(
+                    lambda: write_image(plain.index.root, volume_size=plain.index.volume_size, user_markers=False),
+                    limiter=self.cpu,
+                )
                 extra: dict[str, str | int] = {
                     "image": str(image),
                     "format": f"tar ({plain.compression})",
@@ -131,7 +142,7 @@ class _Scratch:
         except OSError as exc:
             raise StoreError(f"cannot make temporary files in {work_dir}: {exc.strerror}", errno=exc.errno or 0) from exc
 
-    def __enter__(self) -> "_Scratch":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:

@@ -20,8 +20,8 @@ order catches up."""
 PREFETCH_RUN: Final = 4
 """Pieces of one prefetch request: short enough that the layers of an image share the link, long enough to hide 20 ms."""
 BACKGROUND_RUN: Final = 8
-QUIET_S: Final = 0.5
-"""Background waits until no demand came for this long ..."""
+QUIET_S: Final = 1.5
+"""Background waits until nobody has asked for anything for this long: the pauses of a starting container are shorter ..."""
 BULK_S: Final = 1.0
 """... unless demand has gone on for this long: then somebody reads everything, and help is what is polite."""
 
@@ -58,7 +58,9 @@ class _Reader:
 class PieceQueue(Generic[Key]):
     """Queues of wanted pieces and the runs in flight. `limits[p]` bounds how many runs of priority p are in flight."""
 
-    def __init__(self, is_wanted: Callable[[Key, int], bool], piece_count: Callable[[Key], int], limits: tuple[int, int, int]) -> None:
+    def __init__(
+        self, is_wanted: Callable[[Key, int], bool], piece_count: Callable[[Key], int], limits: tuple[int, int, int]
+    ) -> None:
         self._is_wanted = is_wanted
         self._piece_count = piece_count
         self._limits = limits
@@ -66,7 +68,7 @@ class PieceQueue(Generic[Key]):
         self._in_flight: dict[tuple[Key, int], Run[Key]] = {}
         self._active = [0, 0, 0]
         self._readers: dict[Key, _Reader] = {}
-        self._last_demand = float("-inf")
+        self._last_demand = self._last_foreground = float("-inf")
         self._demand_since = float("inf")
 
     def __len__(self) -> int:
@@ -82,6 +84,8 @@ class PieceQueue(Generic[Key]):
 
     def want(self, key: Key, piece: int, priority: Priority, now: float) -> None:
         """Put a piece in its queue, unless a run already brings it soon."""
+        if priority is not Priority.BACKGROUND:
+            self._last_foreground = now
         if priority is Priority.DEMAND:
             if now - self._last_demand > QUIET_S:
                 self._demand_since = now
@@ -113,7 +117,12 @@ class PieceQueue(Generic[Key]):
 
     def may_background(self, now: float) -> bool:
         """Whether background fetching would disturb nobody, or help."""
-        return now - self._last_demand > QUIET_S or self.is_bulk(now)
+        if self.is_bulk(now):
+            return True
+        is_idle = (
+            not self._queues[Priority.PREFETCH] and not self._active[Priority.DEMAND] and not self._active[Priority.PREFETCH]
+        )
+        return is_idle and now - self._last_foreground > QUIET_S
 
     def take(self, now: float) -> Iterator[Run[Key]]:
         """Take every run that may start now; the caller fetches each and calls `finished`."""
@@ -159,8 +168,10 @@ class PieceQueue(Generic[Key]):
             self._in_flight.pop((run.key, number), None)
         run.first = piece
 
-    def finished(self, run: Run[Key]) -> None:
+    def finished(self, run: Run[Key], now: float) -> None:
         """A run has ended, well or not."""
+        if run.started_as is not Priority.BACKGROUND:
+            self._last_foreground = now
         self._active[run.started_as] -= 1
         self.advance(run, run.stop)
 

@@ -100,7 +100,9 @@ class _Arrivals:
 class Resolver:
     """See the module's text; made by `open_resolver`."""
 
-    def __init__(self, nursery: trio.Nursery, sourcing: Sourcing, counters: Counters, rebuild: Callable[[StoredLayer], Awaitable[None]]) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, sourcing: Sourcing, counters: Counters, rebuild: Callable[[StoredLayer], Awaitable[None]]
+    ) -> None:
         self._nursery = nursery
         self._sourcing = sourcing
         self._rebuild = rebuild
@@ -246,7 +248,7 @@ class Resolver:
                 log.error("store_refused_bytes", layer=run.key, image=state.label, reason=str(exc))
                 self._fail(run, state, exc)
         finally:
-            self._queue.finished(run)
+            self._queue.finished(run, time.monotonic())
             self._piece_ended.set()
             self._piece_ended = trio.Event()
             self._kick()
@@ -271,7 +273,12 @@ class Resolver:
                 rounds += 1
                 if rounds >= GIVE_UP_AFTER and not self._has_waiters(state, run):
                     log.warning(
-                        "pieces_given_up", layer=run.key, image=state.label, first=run.first, stop=run.stop, reason=state.last_error or "no source"
+                        "pieces_given_up",
+                        layer=run.key,
+                        image=state.label,
+                        first=run.first,
+                        stop=run.stop,
+                        reason=state.last_error or "no source",
                     )
                     return
                 excluded.clear()
@@ -282,7 +289,15 @@ class Resolver:
                 await self._stream(run, state, source, min(run.stop, run.first + max(1, pieces)), resume)
             except SourceError as exc:
                 state.last_error = f"{source.kind} {source.name}: {exc}"
-                log.info("source_failed", layer=run.key, image=state.label, piece=run.first, kind=source.kind, source=source.name, reason=str(exc))
+                log.info(
+                    "source_failed",
+                    layer=run.key,
+                    image=state.label,
+                    piece=run.first,
+                    kind=source.kind,
+                    source=source.name,
+                    reason=str(exc),
+                )
                 excluded.add(source.name)
                 self._sourcing.report(source, layer, exc)
                 if isinstance(exc, SourceLied):
@@ -404,7 +419,9 @@ class _Absorber:
     place and goes to the volume (write).
     """
 
-    def __init__(self, layer: StoredLayer, first_chunk: int, stop_chunk: int, start: int, first_piece: int, *, write_blob: bool = True) -> None:
+    def __init__(
+        self, layer: StoredLayer, first_chunk: int, stop_chunk: int, start: int, first_piece: int, *, write_blob: bool = True
+    ) -> None:
         self._layer = layer
         self._decoder = PieceDecoder(layer.chunks, layer.codec, first_chunk, stop_chunk, start)
         self._next_chunk = first_chunk
