@@ -1,11 +1,12 @@
 """The only place where libp2p is imported, and the only one that bends an import.
 
-py-libp2p 0.8.1 imports every transport and discovery it knows: QUIC (aioquic), mDNS (zeroconf), ACME (requests). A fleet
-uses TCP, Noise, Yamux and Kademlia alone, and the three libraries cost 13 of libp2p's 41 MB resident and 0.3 of its 1.8 s
-(measured, Python 3.11). So while libp2p is imported, those names resolve to empty stand-ins; afterwards the stand-ins are
+py-libp2p 0.8.1 imports every transport, discovery and key type it knows: QUIC (aioquic), mDNS (zeroconf), ACME (requests),
+WebSocket, UPnP, secp256k1 and more. A fleet uses TCP, Noise, Yamux, Kademlia and Ed25519 alone, and the rest costs 16 of
+libp2p's 41 MB resident and 0.4 of its 1.8 s (measured, Python 3.11). So while libp2p is imported, those names resolve to empty stand-ins; afterwards the stand-ins are
 taken out of `sys.modules`, so that anybody else who imports such a library gets the real one. One of its modules logs to
 the root logger, which would also set up stderr; it is given a logger of its own. Code of libp2p that would
-touch a stand-in is never reached here: no QUIC address is ever given to it, mDNS and AutoTLS are off.
+touch a stand-in is never reached here: no QUIC address is ever given to it, mDNS and AutoTLS are off; a member with a key of
+another type fails in its own handshake.
 """
 
 import importlib
@@ -21,7 +22,20 @@ import structlog
 
 log = structlog.get_logger()
 
-_UNUSED: Final = frozenset({"aioquic", "requests", "zeroconf"})
+_UNUSED: Final = frozenset(
+    {
+        "OpenSSL",
+        "aioquic",
+        "coincurve",
+        "fastecdsa",
+        "miniupnpc",
+        "prometheus_client",
+        "requests",
+        "service_identity",
+        "trio_websocket",
+        "zeroconf",
+    }
+)
 
 
 class _AbsentType(type):

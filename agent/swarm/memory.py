@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import trio
-from trio.testing import memory_stream_pair
 
 from agent.errors import SourceUnavailable
 from agent.swarm.errors import DialError, SelfDialError
@@ -93,6 +92,8 @@ class MemoryHost:
         other = next((host for host in self._network.hosts.values() if host.peer_id == peer_id), None)
         if other is None or protocol not in other._handlers:
             raise DialError(f"cannot open a stream to peer {peer_id}", source=peer_id)
+        from trio.testing import memory_stream_pair  # noqa: PLC0415 - imports pytest where that is installed: 10 MB
+
         near, far = memory_stream_pair()
         mine, theirs = MemoryStream(near, peer_id, "127.0.0.1"), MemoryStream(far, self.peer_id, "127.0.0.1")
         self._streams.append(mine)
