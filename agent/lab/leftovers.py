@@ -38,35 +38,45 @@ def lab_name(lab: Path, what: str) -> str:
 def own_lab_folder() -> Iterator[Path]:
     """A new lab's folder, after those of dead owners were removed; removed with all that belongs to it when the block ends."""
     LABS.mkdir(parents=True, exist_ok=True)
-    for old in LABS.iterdir():
-        with _lock(old) as is_free:
-            if is_free:
+    with _locked(LABS / ".lock"):  # a folder that is made and not yet locked would look like a dead owner's
+        for old in LABS.iterdir():
+            if old.is_dir() and (fd := _lock(old / "owner", fcntl.LOCK_NB)) is not None:
                 remove_lab(old)
-    lab = LABS / secrets.token_hex(3)
-    lab.mkdir(mode=0o700)
-    with _lock(lab):
-        try:
-            yield lab
-        finally:
-            remove_lab(lab)
+                os.close(fd)
+        lab = LABS / secrets.token_hex(3)
+        lab.mkdir(mode=0o700)
+        held = _lock(lab / "owner", 0)
+        assert held is not None
+        owner = held
+    try:
+        yield lab
+    finally:
+        remove_lab(lab)
+        os.close(owner)
 
 
 @contextmanager
-def _lock(lab: Path) -> Iterator[bool]:
+def _locked(path: Path) -> Iterator[None]:
+    fd = _lock(path, 0)
+    assert fd is not None
     try:
-        fd = os.open(lab / "owner", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except (FileNotFoundError, NotADirectoryError):
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        yield
     finally:
         os.close(fd)
+
+
+def _lock(path: Path, flags: int) -> int | None:
+    """An open, locked file; None if somebody else has the lock (with LOCK_NB) or the folder is gone."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | flags)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
 
 
 def remove_lab(lab: Path) -> None:

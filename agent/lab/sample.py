@@ -25,7 +25,7 @@ from typing import Final
 
 import attrs
 
-VERSION: Final = "2"
+VERSION: Final = "3"
 """Part of the cache's key; count it up when what this module makes changes."""
 
 PACKAGES: Final = ("attrs", "cryptography.x509", "httpx", "msgpack", "rich.console", "structlog", "trio")
@@ -217,9 +217,10 @@ def build_sample(folder: Path, *, size: int = 315_000_000) -> Sample:
         *modules,
         *(pyc for name, pyc in compiled.items() if name.startswith(_LIBRARY)),
     ]
+    packages = _within(packages, needed, size - sum(_size(item) for item in (*base, *python)))
     application = [*packages, *(pyc for name, pyc in compiled.items() if name.startswith(_SITE))]
     taken = {item.target for item in (*base, *python, *application)}
-    so_far = sum(item.source.stat().st_size if item.source else len(item.data) for item in (*base, *python, *application))
+    so_far = sum(_size(item) for item in (*base, *python, *application))
     contents = {
         "system": [*base, *_padding(taken, max(0, size - so_far))],
         "python": python,
@@ -247,6 +248,22 @@ def build_sample(folder: Path, *, size: int = 315_000_000) -> Sample:
         "LANG=C.UTF-8",
     )
     return Sample(layers, (f"/usr/local/bin/{_PYTHON}", "/app/main.py"), environment, expected)
+
+
+def _size(item: _Item) -> int:
+    return item.source.stat().st_size if item.source else len(item.data)
+
+
+def _within(packages: Sequence[_Item], needed: Sequence[_Item], size: int) -> list[_Item]:
+    """The packages that the script needs, whole, and of the others what fits into `size` bytes."""
+    needed_roots = {item.target.split("/")[2] for item in needed if item.target.startswith(f"{_SITE}/")}
+    chosen = [item for item in packages if item.target.split("/")[2] in needed_roots]
+    left = size - sum(_size(item) for item in chosen)
+    for item in packages:
+        if item.target.split("/")[2] not in needed_roots and left > 0:
+            chosen.append(item)
+            left -= _size(item)
+    return chosen
 
 
 def _hashed(needed: Sequence[_Item]) -> set[str]:

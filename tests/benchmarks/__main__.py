@@ -22,7 +22,7 @@ from agent.lab.fleet import Lab, open_lab, quiet_logs, until_signal
 from agent.lab.node import Node
 from agent.lab.processes import LabError, run_command
 from agent.lab.publish import BuiltImage, build_image, default_cache, push_image
-from tests.benchmarks.harness import Row, drop_caches, resident_mib, version_of, write_report
+from tests.benchmarks.harness import Row, drop_caches, fill_caches, resident_mib, version_of, write_report
 
 ESGZ, GZIP = "sample:esgz", "sample:gzip"
 
@@ -69,6 +69,7 @@ class Options:
     round_trip_s: float
     rate_bps: float
     cache: Path
+    agent_flags: tuple[str, ...]
 
 
 @attrs.define
@@ -87,16 +88,24 @@ class Bench:
         return self.rows[-1]
 
     async def fresh(self, name: str, *, with_agent: bool = True, bootstrap: tuple[str, ...] = ()) -> Node:
-        """A node as new: nothing on its disk, nothing in the machine's caches."""
+        """A node as new: nothing on its disk, nothing of it in the machine's caches.
+
+        The registry's files and those of a peer are in the page cache: they stand for other machines, which are not measured.
+        """
         node = self.lab.nodes.get(name)
         if node is None:
-            node = await self.lab.start_node(name, with_agent=with_agent, bootstrap=bootstrap)
+            node = await self.lab.start_node(name, with_agent=with_agent, bootstrap=bootstrap, extra=self.options.agent_flags)
         else:
             await node.wipe()
             await node.start_containerd()
             if with_agent:
-                await node.start_agent(secret=self.lab.secret, bootstrap=bootstrap)
+                await node.start_agent(secret=self.lab.secret, bootstrap=bootstrap, extra=self.options.agent_flags)
         await trio.to_thread.run_sync(drop_caches)
+        for folder in (
+            self.lab.registry.folder,
+            *(self.lab.nodes[name].state_dir for name in ("peer",) if name in self.lab.nodes),
+        ):
+            await trio.to_thread.run_sync(fill_caches, folder)
         return node
 
     def check(self, output: str, who: str) -> None:
@@ -201,6 +210,7 @@ async def run(options: Options) -> int:
         "link": {"round_trip_s": options.round_trip_s, "rate_bps": options.rate_bps},
         "containerd": version_of(str(options.containerd or "containerd")),
         "repeat": options.repeat,
+        "agent_flags": options.agent_flags,
     }
     write_report(options.json_path, bench.rows, facts)
     return 1 if any(row.met(name) is False for row in bench.rows for name in row.values) else 0
@@ -224,6 +234,9 @@ def main() -> int:
     )
     parser.add_argument("--reset", type=_pair, action="append", default=[], metavar="NAME=COMMAND", help="empties its cache")
     parser.add_argument("--containerd", type=Path, metavar="BINARY", help="another containerd, its ctr and shim beside it")
+    parser.add_argument(
+        "--agent-flag", action="append", default=[], metavar="FLAG", help="passed to every agent, as --agent-flag=--X"
+    )
     parser.add_argument("--size", type=int, default=315, metavar="MB", help="size of the image, uncompressed (default: 315)")
     parser.add_argument("--round-trip", type=float, default=20.0, metavar="MS")
     parser.add_argument("--rate", type=float, default=400.0, metavar="MBIT")
@@ -239,6 +252,7 @@ def main() -> int:
         round_trip_s=args.round_trip / 1000,
         rate_bps=args.rate * 1e6,
         cache=default_cache(),
+        agent_flags=tuple(args.agent_flag),
     )
     quiet_logs()
     try:

@@ -102,6 +102,15 @@ def drop_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3\n")
 
 
+def fill_caches(folder: Path) -> None:
+    """Read every file below a folder, so that it is in the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb", buffering=0) as stream:
+                while stream.read(1 << 20):
+                    continue
+
+
 def resident_mib(pids: list[int]) -> tuple[float, float]:
     """Resident and proportional memory of some processes together, in MiB."""
     rss = pss = 0
