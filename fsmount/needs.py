@@ -67,7 +67,7 @@ class Needs:
 
     def detach(self, tell: Tell) -> None:
         """The agent is gone. If an older one is still connected it takes over again."""
-        was_asked = bool(self._agents) and self._agents[-1] is tell
+        was_asked = bool(self._agents) and self._agents[-1] == tell
         if tell in self._agents:
             self._agents.remove(tell)
         if was_asked:

@@ -11,7 +11,7 @@ the kernel holds mean the same to every process.
 """
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -104,15 +104,21 @@ class Table:
             TableError: it is something else.
         """
         try:
-            fields: dict[str, Any] = msgpack.unpackb(data, unicode_errors="surrogateescape")
-            if fields.pop("magic") != _MAGIC or fields.pop("version") != 1:
+            found: dict[str, Any] = msgpack.unpackb(data, unicode_errors="surrogateescape")
+            if found.pop("magic") != _MAGIC or found.pop("version") != 1:
                 raise TableError("not a version 1 table of fsmount")
-            volumes = [VolumeRecord(**record) for record in fields.pop("volumes")]
-            layers = [LayerRecord(**record) for record in fields.pop("layers")]
-            roots = [RootRecord(**record) for record in fields.pop("roots")]
-            return cls(**fields, volumes=volumes, layers=layers, roots=roots)
+            volumes = [VolumeRecord(**_known(VolumeRecord, record)) for record in found.pop("volumes")]
+            layers = [LayerRecord(**_known(LayerRecord, record)) for record in found.pop("layers")]
+            roots = [RootRecord(**_known(RootRecord, record)) for record in found.pop("roots")]
+            return cls(**_known(cls, found), volumes=volumes, layers=layers, roots=roots)
         except (KeyError, TypeError, ValueError, AttributeError, msgpack.UnpackException) as error:
             raise TableError(f"not a table of fsmount: {error}") from error
+
+
+def _known(record: type, found: dict[str, Any]) -> dict[str, Any]:
+    """Only the fields that this program knows: the table may have been written by a newer one, before a step back."""
+    names = {each.name for each in fields(record)}
+    return {name: value for name, value in found.items() if name in names}
 
 
 def load_table(path: Path) -> Table | None:
