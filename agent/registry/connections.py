@@ -96,18 +96,18 @@ class Answer:
                         yield data[at : at + BLOCK_BYTES]
         finally:
             if is_idle:
-                await self._abandon(stream)
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                    await self._abandon(stream)
 
     async def _abandon(self, stream: AsyncIterator[bytes]) -> None:
         """Close the connection in the middle of a body. The library's generators do not close one another, so they are made
         to run into the closed socket; left to the garbage collector they would end at a random moment."""
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-            await self._response.aclose()
-            try:
-                while True:
-                    await anext(stream)
-            except (StopAsyncIteration, httpx.HTTPError):
-                return
+        await self._response.aclose()
+        try:
+            while True:
+                await anext(stream)
+        except (StopAsyncIteration, httpx.HTTPError):
+            return
 
     async def read(self, max_bytes: int) -> bytes:
         """The whole body, decoded if the server compressed it although it was asked not to.
