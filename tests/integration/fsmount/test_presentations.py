@@ -1,4 +1,5 @@
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -177,3 +178,29 @@ async def test_merged_root_applies_whiteouts(fsmount: Path, tmp_path: Path) -> N
                 await link.unmount_layer(layer.name)
     async with open_link(fsmount) as link:
         assert (await link.list())["roots"] == []
+
+
+@pytest.mark.parametrize("presentation", PRESENTATIONS)
+async def test_files_on_tmpfs(fsmount: Path, tmp_path: Path, presentation: str) -> None:
+    """tmpfs cannot back an EROFS mount itself; the image then goes through our own root, and outlives a worker there."""
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    await in_thread(run, ["mount", "-t", "tmpfs", "tmpfs", str(memory)])
+    try:
+        volume = bytearray()
+        root = odd_tree(volume)
+        layer = make_layer(memory / "layer", "odd", root, bytes(volume))
+        async with open_agent(fsmount, layer) as link:
+            path = await register(link, layer, presentation)
+            node = root.children[b"large"]
+            os.kill(link.info.pid, signal.SIGKILL)
+            await link.wait_closed()
+        async with open_agent(fsmount, layer) as link:
+            content = await in_thread((path / "large").read_bytes)
+            assert content == layer.source[node.volume_offset : node.volume_offset + node.size]
+            assert len(await in_thread(os.listdir, path / "many")) == 700
+            await link.unmount_layer("odd")
+            await link.remove_volume("odd")
+        layer.blocks.close()
+    finally:
+        await in_thread(run, ["umount", "-l", str(memory)])
