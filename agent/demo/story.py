@@ -71,7 +71,7 @@ class Story:
         row.first_bytes = status["bytes"]["registry"] + status["bytes"]["peers"]
         row.pull_s, row.first_output_s = timed.pull_s, timed.first_output_s
         row.output_ok = timed.output == self.image.expected_output
-        row.state = "output correct" if row.output_ok else "OUTPUT WRONG"
+        row.state = "correct" if row.output_ok else "WRONG"
         self.view.say(
             f"{name}: pulled after {row.pull_s:.2f} s, first output after {row.first_output_s:.2f} s: {timed.output}"
             + ("" if row.output_ok else f" (expected: {self.image.expected_output})")

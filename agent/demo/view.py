@@ -126,4 +126,6 @@ def _table(rows: list[Row], image_size: int) -> Group:
 def print_final(rows: list[Row], image_size: int) -> None:
     """The table at the end; bytes are megabytes of compressed blobs."""
     console = Console()
-    console.print(_table(rows, image_size), width=max(console.width, 120))
+    if not console.is_terminal:
+        console.width = 120  # a log or a pipe has no width; the table needs this much
+    console.print(_table(rows, image_size))

@@ -29,21 +29,26 @@ class Host:
         return ["nsenter", f"--net={self.netns}", "--"]
 
 
+def _ip(netns: str, *words: str) -> None:
+    # Not `ip -n`, which remounts / and so fails in a chroot.
+    call("nsenter", f"--net=/run/netns/{netns}", "--", "ip", *words)
+
+
 def make_network(lab: Path, names: list[str]) -> list[Host]:
     """Make the bridge and one host per name; `agent.lab.leftovers` removes them."""
     lan = lab_name(lab, "lan")
     call("ip", "netns", "add", lan)
-    call("ip", "-n", lan, "link", "add", "lan", "type", "bridge")
-    call("ip", "-n", lan, "link", "set", "lan", "up")
+    _ip(lan, "link", "add", "lan", "type", "bridge")
+    _ip(lan, "link", "set", "lan", "up")
     hosts = []
     for number, name in enumerate(names, 1):
         netns = lab_name(lab, name)
         address = str(SUBNET[number])
         call("ip", "netns", "add", netns)
-        call("ip", "-n", lan, "link", "add", f"port{number}", "type", "veth", "peer", "name", "eth0", "netns", netns)
-        call("ip", "-n", lan, "link", "set", f"port{number}", "master", "lan", "up")
-        call("ip", "-n", netns, "address", "add", f"{address}/{SUBNET.prefixlen}", "dev", "eth0")
-        call("ip", "-n", netns, "link", "set", "lo", "up")
-        call("ip", "-n", netns, "link", "set", "eth0", "up")
+        _ip(lan, "link", "add", f"port{number}", "type", "veth", "peer", "name", "eth0", "netns", netns)
+        _ip(lan, "link", "set", f"port{number}", "master", "lan", "up")
+        _ip(netns, "address", "add", f"{address}/{SUBNET.prefixlen}", "dev", "eth0")
+        _ip(netns, "link", "set", "lo", "up")
+        _ip(netns, "link", "set", "eth0", "up")
         hosts.append(Host(name, Path("/run/netns") / netns, address))
     return hosts
