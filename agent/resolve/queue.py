@@ -2,8 +2,8 @@
 
 A node fetches each piece once. Wants of three priorities stand in queues; what is taken from a queue is a *run* of
 neighbouring pieces of one layer, so that one request fills the link. A demand read takes its piece and, while a reader goes
-through a layer in order, a growing window of the pieces behind it. A demand for a piece that waits inside another run cuts
-that run before it.
+through a layer in order, a growing window of the pieces behind it. A demand for a piece that waits further back inside another
+run cuts that run before it.
 
 Nothing here does I/O or looks at a clock: `now` is passed in.
 """
@@ -20,6 +20,9 @@ order catches up."""
 PREFETCH_RUN: Final = 4
 """Pieces of one prefetch request: short enough that the layers of an image share the link, long enough to hide 20 ms."""
 BACKGROUND_RUN: Final = 8
+NEAR: Final = 1
+"""A demand so few pieces behind what a run is receiving waits for it: a new request costs a round trip, and what was under way
+to the old one is fetched twice. A read across the border of two pieces asks for both at once."""
 QUIET_S: Final = 1.5
 """Background waits until nobody has asked for anything for this long: the pauses of a starting container are shorter ..."""
 BULK_S: Final = 1.0
@@ -92,7 +95,7 @@ class PieceQueue(Generic[Key]):
             self._last_demand = now
         run = self._in_flight.get((key, piece))
         if run is not None:
-            if priority is not Priority.DEMAND or piece <= run.first:
+            if priority is not Priority.DEMAND or piece <= run.first + NEAR:
                 run.priority = min(run.priority, priority)
                 return
             self._cut(run, piece)
