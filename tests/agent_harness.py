@@ -13,21 +13,21 @@ import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import attrs
 import pytest
 import trio
 
 from agent.admin.client import call
-from agent.formats.estargz_writer import write_estargz
 from agent.formats.model import Digest, digest_of
 from agent.lab.leftovers import own_lab_folder
 from agent.lab.node import shoal
 from agent.lab.processes import Child, Finished, run_command, socket_answers, start
-from agent.lab.publish import CONFIG_TYPE, LAYER_TYPE, MANIFEST_TYPE, TOC_DIGEST
+from agent.lab.publish import CONFIG_TYPE, LAYER_TYPE, MANIFEST_TYPE
 from agent.lab.registry import Registry, free_port, open_registry
 from agent.registry import ImageReference, open_registry_client
+from tests.sample_layers import Layer
 from tests.wire_proxy import Proxy, open_proxy
 
 Result = TypeVar("Result")
@@ -193,7 +193,12 @@ class Fleet:
     nodes: list[AgentNode] = attrs.field(factory=list)
 
     async def node(
-        self, *settings: str, in_fleet: bool = True, rate: float = 0.0, bootstrap: Sequence[AgentNode] | None = None, is_started: bool = True
+        self,
+        *settings: str,
+        in_fleet: bool = True,
+        rate: float = 0.0,
+        bootstrap: Sequence[AgentNode] | None = None,
+        is_started: bool = True,
     ) -> AgentNode:
         """A new node; it joins through all others unless told otherwise."""
         number = len(self.nodes) + 1
@@ -238,27 +243,7 @@ async def open_fleet() -> AsyncIterator[Fleet]:
 # --- images ------------------------------------------------------------------------------------------------------------------
 
 
-@attrs.frozen
-class TestLayer:
-    """A compressed layer on disk."""
-
-    __test__ = False
-
-    path: Path
-    digest: Digest
-    size: int
-    diff_id: Digest
-    annotations: dict[str, str]
-
-
-def make_estargz(tar: BinaryIO, path: Path, *, prioritized: Sequence[str] = (), chunk_size: int = 4 << 20, level: int = 1) -> TestLayer:
-    """A tar as eStargz, by our own writer."""
-    with path.open("wb") as sink:
-        written = write_estargz(tar, sink, prioritized=prioritized, chunk_size=chunk_size, level=level)
-    return TestLayer(path, written.digest, written.size, written.diff_id, {TOC_DIGEST: str(written.toc_digest)})
-
-
-async def push_layers(fleet: Fleet, name: str, layers: Sequence[TestLayer]) -> None:
+async def push_layers(fleet: Fleet, name: str, layers: Sequence[Layer]) -> None:
     """Put an image of these layers (bottom first) into the registry as NAME:TAG."""
     machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
     config = json.dumps(

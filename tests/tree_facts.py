@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import stat
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,10 @@ def facts_of(root: Path) -> Facts:
             entry["rdev"] = [os.major(info.st_rdev), os.minor(info.st_rdev)]
         xattrs = {}
         for label in os.listxattr(path, follow_symlinks=False):
-            if label in ("trusted.overlay.opaque", "user.overlay.opaque") and os.getxattr(path, label, follow_symlinks=False) == b"y":
+            if (
+                label in ("trusted.overlay.opaque", "user.overlay.opaque")
+                and os.getxattr(path, label, follow_symlinks=False) == b"y"
+            ):
                 found[key.rstrip("/") + "/.wh..wh..opq"] = {"type": "whiteout"}
             if not label.startswith(_OVERLAY):
                 xattrs[label] = os.getxattr(path, label, follow_symlinks=False).hex()
@@ -117,43 +119,6 @@ def _limited(expected: Facts, *, is_json: bool) -> Facts:
             else:
                 del out[key]["hardlink_group"]
     return out
-
-
-def tar_truth(path: Path) -> Facts:
-    """What an unpacked tar would say of itself, read by Python's own tarfile; times in whole seconds, as eStargz keeps them."""
-    found: Facts = {}
-    groups: dict[str, list[str]] = {}
-    with tarfile.open(path) as archive:
-        for member in archive:
-            key = "/" + os.fsencode(member.name).decode("latin-1").removeprefix("./").strip("/") if member.name != "." else "/"
-            entry: dict[str, Any] = {
-                "mode": member.mode & 0o7777,
-                "uid": member.uid,
-                "gid": member.gid,
-                "mtime_ns": round(float(member.mtime)) * 10**9,
-            }
-            if member.islnk():
-                target = "/" + os.fsencode(member.linkname).decode("latin-1").removeprefix("./").strip("/")
-                groups.setdefault(target, [target]).append(key)
-                found[key] = found[target]
-                continue
-            if member.isreg():
-                content = archive.extractfile(member)
-                assert content is not None
-                entry |= {"type": "file", "size": member.size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
-            elif member.isdir():
-                entry["type"] = "dir"
-            elif member.issym():
-                entry |= {"type": "symlink", "target": os.fsencode(member.linkname).decode("latin-1"), "mode": 0o777}
-            elif member.isfifo():
-                entry["type"] = "fifo"
-            else:
-                entry |= {"type": "char" if member.ischr() else "block", "rdev": [member.devmajor, member.devminor]}
-            found[key] = entry
-    for keys in groups.values():
-        for key in keys:
-            found[key]["hardlink_group"] = sorted(keys)
-    return found
 
 
 def differences(found: Facts, truth: Facts, *, most: int = 10) -> list[str]:
