@@ -123,8 +123,10 @@ def _settings(args: argparse.Namespace) -> config.Settings:
 
 
 def _agent(args: argparse.Namespace) -> int:
+    from agent.observe.memory import limit_malloc  # noqa: PLC0415
     from agent.observe.slim_imports import without_decoration  # noqa: PLC0415
 
+    limit_malloc()
     with without_decoration():
         from agent.app import run_agent  # noqa: PLC0415 - imports libp2p
 

@@ -7,13 +7,12 @@ looks at the environment.
 """
 
 import argparse
+import dataclasses
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
-
-import attrs
 
 from agent.errors import SettingsError
 
@@ -82,11 +81,11 @@ def _path(text: str) -> Path:
 
 def _setting(
     default: object, parse: Callable[[str], object], unit: str, help_text: str
-) -> Any:  # attrs.field is typed by its default
-    return attrs.field(default=default, metadata={"parse": parse, "unit": unit, "help": help_text})
+) -> Any:  # a field is typed by its default
+    return dataclasses.field(default=default, metadata={"parse": parse, "unit": unit, "help": help_text})
 
 
-@attrs.frozen
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything an operator can set; see the module's text for how."""
 
@@ -140,8 +139,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _rows(names: Sequence[str] | None = None) -> Iterator["attrs.Attribute[Any]"]:
-    for field in attrs.fields(Settings):
+def _rows(names: Sequence[str] | None = None) -> Iterator["dataclasses.Field[Any]"]:
+    for field in dataclasses.fields(Settings):
         if names is None or field.name in names:
             yield field
 

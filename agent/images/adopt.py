@@ -16,8 +16,10 @@ SLICE: Final = 64
 
 
 def has_donors(store: Store, layer: StoredLayer) -> bool:
-    """Whether any other layer of the node has data: most first pulls find none and need not look."""
-    return any(other.part_bytes()[1] for other in store.layers() if other is not layer)
+    """Whether a layer of another image has data: most first pulls find none, and need not look up every digest, which takes
+    0.1 s for 13,000. Layers of one image that arrive together seldom share much."""
+    image = layer.extra.get("image")
+    return any(other.extra.get("image") != image and other.part_bytes()[1] for other in store.layers())
 
 
 async def adopt_chunks(store: Store, layer: StoredLayer, resolver: Resolver, limiter: trio.CapacityLimiter) -> int:

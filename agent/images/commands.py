@@ -18,7 +18,7 @@ from agent.images.layers import Layers, PreparedLayer
 from agent.images.records import FleetRecords
 from agent.registry import ImageReference, RegistryClient, ResolvedManifest
 from agent.resolve import Resolver
-from agent.runtimes.containerd.client import Containerd
+from agent.runtimes.containerd.client import Containerd, together
 from agent.store import BadSpot, ScrubProgress, Store
 from agent.swarm import Swarm
 from agent.transfer import PeerClient
@@ -57,8 +57,13 @@ class ImageCommands:
         resolved, config, diff_ids = await self._resolve(image)
         chain = list(zip(resolved.layers, diff_ids, strict=True))
         pinned = attrs.evolve(image, digest=resolved.digest)
-        prepared = await self._prepare_all(pinned, resolved, emit)
-        await self.containerd.pull_image(namespace, image, resolved, config, chain)
+        # containerd asks for the layers one after another; by then each is on its way, so that both go on at once.
+        prepared: list[PreparedLayer] = []
+
+        async def prepare() -> None:
+            prepared.extend(await self._prepare_all(pinned, resolved, emit))
+
+        await together(prepare, lambda: self.containerd.pull_image(namespace, image, resolved, config, chain))
         return {
             "image": str(image),
             "digest": resolved.digest,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, cast
 
 import attrs
+import httpcore  # noqa: F401 - httpx imports it at the first request, which then waits 0.1 s
 import httpx
 import structlog
 import trio

@@ -51,6 +51,12 @@ _GC_SNAPSHOT: Final = "containerd.io/gc.ref.snapshot"
 _Response = TypeVar("_Response", bound=Message)
 
 
+REDIAL_S: Final = 10.0
+REDIAL_STEP_S: Final = 0.2
+OUR_SOCKET: Final = "while dialing"
+"""What containerd says when the snapshotter behind a proxy plugin does not answer; another failure is not repeated."""
+
+
 class ContainerdError(ShoalError):
     """containerd is away, is not set up for Shoal, or refused a request; `code` is the gRPC status where it answered."""
 
@@ -124,7 +130,7 @@ class Containerd:
         await self._call(f"{_SERVICES}.leases.v1.Leases/Create", create, leases_pb2.CreateResponse, namespace)
         try:
             chain_id = chain_ids([diff_id for _, diff_id in chain])
-            await _together(
+            await together(
                 lambda: self._write_contents(namespace, lease, ref, resolved, config_raw, chain_id, snapshotter),
                 lambda: self._make_snapshots(namespace, lease, ref, resolved, chain, chain_id, progress, snapshotter),
             )
@@ -155,7 +161,7 @@ class Containerd:
             manifests = json.loads(resolved.index_raw).get("manifests", [])
             index_labels = {f"{_GC_CONTENT}.m.{at}": entry["digest"] for at, entry in enumerate(manifests)}
             blobs.append((resolved.index_digest, resolved.index_raw, source | index_labels))
-        await _together(*(partial(self._write, namespace, lease, *blob) for blob in blobs))
+        await together(*(partial(self._write, namespace, lease, *blob) for blob in blobs))
 
     async def _write(self, namespace: str, lease: str, digest: str, data: bytes, labels: Mapping[str, str]) -> None:
         """Put one blob into the content store. One message carries data and commit; containerd answers it twice."""
@@ -254,6 +260,20 @@ class Containerd:
     async def _call(
         self, method: str, request: Message, response: type[_Response], namespace: str = "", lease: str = ""
     ) -> _Response:
+        """One call. A containerd that started before us may still be waiting to dial our socket again, and says "unavailable"
+        until it has (gRPC backs off up to 3 s): it is asked again for `REDIAL_S`."""
+        with trio.move_on_after(REDIAL_S):
+            while True:
+                try:
+                    return await self._call_once(method, request, response, namespace, lease)
+                except ContainerdError as exc:
+                    if exc.code is not grpc.StatusCode.UNAVAILABLE or OUR_SOCKET not in str(exc):
+                        raise
+                    log.debug("containerd_not_yet_connected", reason=str(exc))
+                await trio.sleep(REDIAL_STEP_S)
+        return await self._call_once(method, request, response, namespace, lease)
+
+    async def _call_once(self, method: str, request: Message, response: type[_Response], namespace: str, lease: str) -> _Response:
         invoke = self._channel.unary_unary(f"/{method}", _serialize, response.FromString)
         done = trio.Event()
         token = trio.lowlevel.current_trio_token()
@@ -330,21 +350,23 @@ def _headers(namespace: str, lease: str) -> list[tuple[str, str]]:
     return [(key, value) for key, value in headers.items() if value]
 
 
-async def _together(*tasks: Callable[[], Awaitable[object]]) -> None:
-    """Run tasks side by side; the first error of containerd comes out as itself."""
-    refused: ContainerdError | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            for task in tasks:
-                nursery.start_soon(task)
-    except* ContainerdError as group:
-        first: BaseException = group
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        assert isinstance(first, ContainerdError)
-        refused = first
-    if refused is not None:
-        raise refused
+async def together(*tasks: Callable[[], Awaitable[object]]) -> None:
+    """Run tasks side by side; the first error of ours comes out as itself, and containerd's word only if there is no other:
+    that a layer could not be served is what follows from why."""
+    errors: list[ShoalError] = []
+
+    async def run(task: Callable[[], Awaitable[object]], scope: trio.CancelScope) -> None:
+        try:
+            await task()
+        except ShoalError as exc:
+            errors.append(exc)
+            scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for task in tasks:
+            nursery.start_soon(run, task, nursery.cancel_scope)
+    if errors:
+        raise min(errors, key=lambda exc: isinstance(exc, ContainerdError))
 
 
 def _rfc3339_in(seconds: int) -> str:
