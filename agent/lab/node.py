@@ -184,6 +184,19 @@ class Node:
         command, *rest = words
         return [*shoal(), str(command), "--run-dir", str(self.run_dir), *(str(word) for word in rest)]
 
+    async def client(self, *words: str | Path, timeout_s: float = 300.0) -> Finished:
+        """Run a client command to its end.
+
+        Raises:
+            LabError: it failed; if the agent has ended, with its status and the end of its log.
+        """
+        try:
+            return await run_command(self.shoal(*words), timeout_s=timeout_s)
+        except LabError as exc:
+            if self.agent is not None and not self.agent.is_running():
+                raise LabError(f"{exc}\nthe agent ended with status {self.agent.popen.returncode}:\n{self.agent.tail()}") from exc
+            raise
+
     async def status(self) -> dict[str, Any]:
         """What `shoal status --json` says, asked without the cost of a process: views ask several times a second."""
         status: dict[str, Any] = await trio.to_thread.run_sync(call, self.run_dir, "status", limiter=_status_calls)
@@ -208,7 +221,7 @@ class Node:
         """Pull (with `shoal pull`, or containerd's full pull) and start a container, as somebody would who waits for it."""
         began = time.monotonic()
         if lazy:
-            await run_command(self.shoal("pull", image))
+            await self.client("pull", image)
         else:
             await self.full_pull(image)
         pull_s = time.monotonic() - began
