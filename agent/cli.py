@@ -27,7 +27,31 @@ EPILOG = """examples:
   shoal status          what this node holds, serves and waits for
   shoal doctor          what this machine can do, what is misconfigured, how to mend it
 
-`shoal COMMAND --help` tells more about each command."""
+`shoal COMMAND --help` tells more about each command. Client commands talk to the agent of --run-dir.
+
+exit codes: 0 done; 1 it failed, the reason is on stderr; 2 the command line or a setting is wrong; 130 interrupted"""
+
+# What a command's --help says behind its first sentence.
+_MORE = {
+    "agent": """Mounts layers, answers reads of what is not here yet, serves pieces to peers and snapshots to containerd. Prints one
+line when it is ready, logs to stderr, and ends at SIGTERM or SIGINT; mounts stay and containers go on reading what is cached. Needs
+root. Settings come from flags, SHOAL_… variables and the TOML file, in this order.""",
+    "fsmount": """Without an option: start it if none runs, and return once it serves. It outlives the agent and this command; its log is
+RUN_DIR/fsmount.log. `shoal agent` does the same by itself, so this is for upgrades, for service managers and for the end.""",
+    "pull": """Returns when a container can be started from it: layer indexes are here, file data follow when they are read, or in the
+background. Needs a running agent, and a containerd that knows the snapshotter `shoal` (`shoal doctor` prints what to configure).
+Then, for example: ctr run --snapshotter shoal --rm IMAGE NAME.""",
+    "mount": """Returns when the tree can be walked; file data follow when they are read. The mount outlives the agent. What is mounted is
+never evicted from the cache.""",
+    "unmount": "The layers stay cached; processes that have files open there go on reading.",
+    "status": """One line each on processes, fleet, cache, and bytes got and served since the agent started, then one for each layer: the
+share that is here, its size, its format, the image that brought it.""",
+    "peers": "One line each: peer id, address for pieces, round trip, zone, and how many of the layers that this node wants it holds.",
+    "scrub": """Reads the whole cache, slowly enough not to disturb. Damaged chunks are never served from then on and are fetched again from
+peers or the registry. Exit code 1 if some could not be replaced.""",
+    "doctor": """Tries rather than guesses: mounts in namespaces of its own, looks for who holds a port, asks containerd. Changes nothing. Takes
+all settings, so that it looks at what `shoal agent` with the same ones would use. Exit code 1 if anything is an error.""",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, run: Any, help_text: str, settings: Sequence[str] | None = ("run_dir",)) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+        about = f"{help_text[0].upper()}{help_text[1:]}. {_MORE[name]}"
+        command = commands.add_parser(name, help=help_text, description=about)
         command.set_defaults(run=run)
         config.add_flags(command, settings)
         return command
@@ -90,8 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("--namespace", default="default", help="containerd namespace; Kubernetes uses k8s.io (default: default)")
     pull.add_argument("--quiet", "-q", action="store_true", help="print nothing but errors")
     mount = add("mount", _mount, "mount an image's merged root, read-only, without any container runtime")
-    mount.add_argument("image", metavar="IMAGE", help="image reference")
-    mount.add_argument("directory", metavar="DIR", help="where; it is made if it is missing")
+    mount.add_argument("image", metavar="IMAGE", help="image reference, for example registry.example/app:1")
+    mount.add_argument("directory", metavar="DIR", help="an empty directory; it is made if it is missing")
     mount.add_argument("--quiet", "-q", action="store_true", help="print nothing but errors")
     unmount = add("unmount", _unmount, "unmount what `shoal mount` mounted")
     unmount.add_argument("directory", metavar="DIR", help="the directory given to `shoal mount`")
@@ -289,12 +314,15 @@ def _doctor(args: argparse.Namespace) -> int:
     from agent.observe.doctor import examine  # noqa: PLC0415
 
     findings = examine(_settings(args))
+    errors = sum(finding.level == "error" for finding in findings)
     if args.json:
         print(json.dumps([finding.as_dict() for finding in findings], indent=2))
     else:
         for finding in findings:
             print(finding.as_text())
-    return 1 if any(finding.level == "error" for finding in findings) else 0
+        warnings = sum(finding.level == "warning" for finding in findings)
+        print(f"{errors or 'no'} error{'s' * (errors != 1)}, {warnings or 'no'} warning{'s' * (warnings != 1)}")
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":
