@@ -11,7 +11,7 @@ import secrets
 import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ from agent.lab.publish import CONFIG_TYPE, LAYER_TYPE, MANIFEST_TYPE
 from agent.lab.registry import Registry, free_port, open_registry
 from agent.registry import ImageReference, open_registry_client
 from tests.sample_layers import Layer
-from tests.wire_proxy import Proxy, open_proxy
+from tests.wire_proxy import Proxy, start_proxy
 
 Result = TypeVar("Result")
 
@@ -189,7 +189,7 @@ class Fleet:
     folder: Path
     registry: Registry
     secret: Path
-    stack: AsyncExitStack
+    nursery: trio.Nursery
     nodes: list[AgentNode] = attrs.field(factory=list)
 
     async def node(
@@ -202,15 +202,12 @@ class Fleet:
     ) -> AgentNode:
         """A new node; it joins through all others unless told otherwise."""
         number = len(self.nodes) + 1
-        proxy = await self.stack.enter_async_context(
-            open_proxy(self.registry.address, is_http=True, source=f"127.0.2.{number}", rate=rate)
-        )
+        proxy = await start_proxy(self.nursery, self.registry.address, is_http=True, source=f"127.0.2.{number}", rate=rate)
         if not any(word.startswith("--read-deadline") for word in settings):
             settings = (*settings, f"--read-deadline={READ_DEADLINE_S}s")
         node = AgentNode(self.folder, f"n{number}", proxy, settings, self.secret if in_fleet else None)
         others = self.nodes if bootstrap is None else bootstrap
         self.nodes.append(node)
-        self.stack.push_async_callback(_end_shielded, node)
         if is_started:
             await node.start([other.address for other in others] if in_fleet else [])
         return node
@@ -218,11 +215,6 @@ class Fleet:
     def registry_bytes(self, node: AgentNode) -> int:
         """Bytes of blobs sent to the node, by the registry's own access log."""
         return self.registry.sent_bytes(node.proxy.source)
-
-
-async def _end_shielded(node: AgentNode) -> None:
-    with trio.CancelScope(shield=True), trio.move_on_after(40):
-        await node.end()
 
 
 @asynccontextmanager
@@ -236,8 +228,15 @@ async def open_fleet() -> AsyncIterator[Fleet]:
         secret = folder / "secret"
         secret.touch(mode=0o600)
         secret.write_text(secrets.token_hex(32))
-        async with open_registry(folder) as registry, AsyncExitStack() as stack:
-            yield Fleet(folder, registry, secret, stack)
+        async with open_registry(folder) as registry, trio.open_nursery() as nursery:
+            fleet = Fleet(folder, registry, secret, nursery)
+            try:
+                yield fleet
+            finally:
+                with trio.CancelScope(shield=True), trio.move_on_after(60):
+                    for node in reversed(fleet.nodes):
+                        await node.end()
+                nursery.cancel_scope.cancel()
 
 
 # --- images ------------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ traffic is encrypted, it passes bytes on as they are.
 """
 
 import enum
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import attrs
 import trio
@@ -40,12 +38,18 @@ class Proxy:
     passed: int = 0
     harmed: int = 0
     _free: float = 0.0
+    _was_harmed: trio.Event = attrs.field(factory=trio.Event)
     _open: set[trio.SocketStream] = attrs.field(factory=set)
 
     @property
     def address(self) -> str:
         """Where clients reach it."""
         return f"127.0.0.1:{self.port}"
+
+    async def wait_harmed(self) -> None:
+        """Until the first block is harmed (again, after `harmed` was set to zero)."""
+        while not self.harmed:
+            await self._was_harmed.wait()
 
     async def refuse(self) -> None:
         """Be gone: reset what is open and every connection that comes."""
@@ -97,6 +101,8 @@ class Proxy:
         if self.harm is Harm.NONE or at + len(data) <= self.skip:
             return data
         self.harmed += 1
+        self._was_harmed.set()
+        self._was_harmed = trio.Event()
         if self.harm is Harm.FLIP:
             spoilt = bytearray(data)
             spoilt[len(spoilt) // 2] ^= 0x10
@@ -173,16 +179,13 @@ def _reset(stream: trio.SocketStream) -> None:
         stream.socket.close()
 
 
-@asynccontextmanager
-async def open_proxy(target: str, *, is_http: bool, source: str = "127.0.0.1", rate: float = 0.0) -> AsyncIterator[Proxy]:
-    """A proxy to HOST:PORT on a free loopback port, gone when the block ends."""
+async def start_proxy(
+    nursery: trio.Nursery, target: str, *, is_http: bool, source: str = "127.0.0.1", rate: float = 0.0
+) -> Proxy:
+    """A proxy to HOST:PORT on a free loopback port, gone with the nursery."""
     host, _, port = target.rpartition(":")
     proxy = Proxy((host, int(port)), is_http, source, rate=rate)
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     proxy.port = listener.socket.getsockname()[1]
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, proxy.serve, [listener])
-        try:
-            yield proxy
-        finally:
-            nursery.cancel_scope.cancel()
+    nursery.start_soon(trio.serve_listeners, proxy.serve, [listener])
+    return proxy
