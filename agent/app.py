@@ -29,6 +29,7 @@ from agent.images.fsmount_link import FsmountLink, open_fsmount_link
 from agent.images.layers import Layers, PreparedLayer, open_layers
 from agent.images.records import FleetRecords
 from agent.observe.logs import set_up_logging
+from agent.observe.memory import trim_malloc
 from agent.registry import Descriptor, ImageReference, open_registry_client
 from agent.resolve import Counters, Resolver, open_resolver
 from agent.resolve.sourcing import NodeSources
@@ -53,6 +54,7 @@ log = structlog.get_logger()
 
 MAX_OPEN_FILES: Final = 65536
 PIN_OWNER: Final = "containerd"
+TRIM_INTERVAL_S: Final = 2.0
 
 
 def run_agent(settings: Settings, *, version: str) -> int:
@@ -383,7 +385,18 @@ async def _serve(settings: Settings, version: str) -> None:
         await stack.enter_async_context(open_admin_server(settings.run_dir / "agent.sock", handlers))
         print(f"shoal agent is ready: peer {swarm.peer_id}, run directory {settings.run_dir}", flush=True)
         log.info("agent_ready", peer_id=swarm.peer_id, addresses=swarm.addresses, elapsed_s=round(time.monotonic() - started, 3))
-        await trio.sleep_forever()
+        await _keep_small(resolver)
+
+
+async def _keep_small(resolver: Resolver) -> None:
+    """Give memory back after a burst of fetching."""
+    trimmed_at = 0
+    while True:
+        await trio.sleep(TRIM_INTERVAL_S)
+        verified = resolver.counters.chunks_verified
+        if verified != trimmed_at and not resolver.is_busy():
+            await trio.to_thread.run_sync(trim_malloc)
+            trimmed_at = verified
 
 
 async def _take_over(link: Link, store: Store, resolver: Resolver, sources: NodeSources) -> None:

@@ -62,39 +62,46 @@ class _LayerState:
 
 
 class _Arrivals:
-    """Bytes on their way from the connection to the worker thread, bounded by `BUFFER_BYTES`."""
+    """Bytes on their way from the connection to the worker thread, bounded by `BUFFER_BYTES`. One task puts, one takes.
+
+    TLS hands out 16 KiB at a time, so this is called thousands of times a second: a `put` with room does not yield.
+    """
 
     def __init__(self) -> None:
         self._blocks: deque[tuple[int, bytes]] = deque()
         self._size = 0
         self._ended = False
-        self._changed = trio.Condition()
+        self._arrived = trio.Event()
+        self._taken = trio.Event()
 
-    async def put(self, offset: int, block: bytes) -> None:
-        async with self._changed:
-            while self._size >= BUFFER_BYTES:
-                await self._changed.wait()
-            self._blocks.append((offset, block))
-            self._size += len(block)
-            self._changed.notify_all()
+    def put(self, offset: int, block: bytes) -> bool:
+        """Add a block; False when it is time for `wait_room`."""
+        self._blocks.append((offset, block))
+        self._size += len(block)
+        self._arrived.set()
+        return self._size < BUFFER_BYTES
 
-    async def end(self) -> None:
-        async with self._changed:
-            self._ended = True
-            self._changed.notify_all()
+    async def wait_room(self) -> None:
+        while self._size >= BUFFER_BYTES:
+            self._taken = trio.Event()
+            await self._taken.wait()
+
+    def end(self) -> None:
+        self._ended = True
+        self._arrived.set()
 
     async def take(self) -> list[tuple[int, bytes]]:
         """What has arrived, at most `BATCH_BYTES`; empty at the end."""
-        async with self._changed:
-            while not self._blocks and not self._ended:
-                await self._changed.wait()
-            batch, size = [], 0
-            while self._blocks and size < BATCH_BYTES:
-                batch.append(self._blocks.popleft())
-                size += len(batch[-1][1])
-            self._size -= size
-            self._changed.notify_all()
-            return batch
+        while not self._blocks and not self._ended:
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+        batch, size = [], 0
+        while self._blocks and size < BATCH_BYTES:
+            batch.append(self._blocks.popleft())
+            size += len(batch[-1][1])
+        self._size -= size
+        self._taken.set()
+        return batch
 
 
 class Resolver:
@@ -323,14 +330,14 @@ class Resolver:
                     async with source.fetch(layer.digest, layer.blob_size, [(start, stop)]) as stream:
                         async for offset, block in stream:
                             self.count(source.kind, len(block))
-                            await arrivals.put(offset, block)
+                            if not arrivals.put(offset, block):
+                                await arrivals.wait_room()
                             if run.priority is Priority.BACKGROUND:
                                 await self._be_polite(run)
                             if run.stop < stop_piece and offset + len(block) >= pieces.starts[run.stop]:
                                 break
                 finally:
-                    with trio.CancelScope(shield=True):
-                        await arrivals.end()
+                    arrivals.end()
         except BaseExceptionGroup as group:
             error = _narrow(group, source)
             if error is None:

@@ -62,6 +62,8 @@ LOAD_S: Final = 0.25
 LOOKUP_DELAY_S: Final = 0.5
 LOOKUP_AGAIN_S: Final = 30.0
 """The DHT is asked when the connected nodes have had their time to answer, and again while nobody holds the blob."""
+PROVIDE_DELAY_S: Final = 1.5
+"""Connected peers hear of a new blob at once; its provider record is for the others, and not worth disturbing a start."""
 _RETRY_S: Final = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 _KEEP_S: Final = 5.0
 """A bootstrap entry that is connected is looked at this often."""
@@ -511,6 +513,7 @@ class FleetSwarm:
             if self._to_provide and self._sessions:
                 continue
             await self._provide_news.wait()
+            await trio.sleep(PROVIDE_DELAY_S)
 
     # the end
 
