@@ -213,8 +213,10 @@ async def _check_peer(text: str) -> Finding:
         try:
             stream = await trio.open_tcp_stream(host, int(port))
         except OSError as exc:
-            reason = exc.__cause__ if isinstance(exc.__cause__, OSError) else exc
-            refused.append(f"{target.address}: {reason.strerror or exc}")
+            cause: BaseException = exc.__cause__ or exc
+            while isinstance(cause, BaseExceptionGroup):
+                cause = cause.exceptions[0]
+            refused.append(f"{target.address}: {(cause.strerror if isinstance(cause, OSError) else '') or exc}")
             return
         await stream.aclose()
         answered.append(target)
