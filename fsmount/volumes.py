@@ -162,9 +162,10 @@ class Volume:
         and whether that refusal is in the log.
 
         So deadline and log line are one for the reader, though read-ahead, the page and the file system above each ask in turn.
+        What only touches the refused range counts too: one read of the file system above may become several READs in a row.
         """
         for begin, end, refused, since, is_told in reversed(self._refused):
-            if begin < stop and first < end and now - refused < _ASKED_AGAIN_S:
+            if begin <= stop and first <= end and now - refused < _ASKED_AGAIN_S:
                 return since, is_told
         return now, False
 
