@@ -27,6 +27,7 @@ MANIFEST_TYPE: Final = "application/vnd.oci.image.manifest.v1+json"
 TOC_DIGEST: Final = "containerd.io/snapshot/stargz/toc.digest"
 UNCOMPRESSED_SIZE: Final = "io.containers.estargz.uncompressed-size"
 READ: Final = 1 << 20
+KEPT: Final = 4
 
 
 @attrs.frozen
@@ -138,10 +139,18 @@ async def build_image(
         (part / "image.json").write_text(json.dumps(attrs.asdict(image), default=str))
         if not folder.exists():  # else another process was faster
             part.rename(folder)
+        _forget_older(cache)
     finally:
         for leftover in (tars, part):
             shutil.rmtree(leftover, ignore_errors=True)
     return _load(record)
+
+
+def _forget_older(cache: Path) -> None:
+    """Keep the images of the last few states of this machine; each is some 200 MB."""
+    kept = sorted((path for path in cache.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in kept[KEPT:]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 async def _compress(sample: Sample, folder: Path, form: Form) -> BuiltImage:

@@ -317,5 +317,7 @@ def sample_key(size: int) -> str:
     """Names what `build_sample` would make on this machine now, without making it."""
     state = [VERSION, SCRIPT, str(size), sys.version, platform.machine()]
     for folder in (str(_interpreter()[1]), sysconfig.get_path("purelib"), "/usr/bin", "/usr/lib", "/usr/share"):
-        state += [f"{folder} {os.stat(folder).st_mtime_ns}", *sorted(os.listdir(folder))]
+        state += [folder, *sorted(os.listdir(folder))]
+    # Package managers note every change there; folder times change for less.
+    state += [str(path.stat().st_mtime_ns) for path in (Path("/var/lib/dpkg/status"),) if path.exists()]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
