@@ -336,7 +336,8 @@ async def _serve(settings: Settings, version: str) -> None:
         resolver = await stack.enter_async_context(open_resolver(sources, counters, rebuild))
 
         async def on_need(need: Need) -> None:
-            await resolver.need("sha256:" + need.volume, need.offset, need.offset + need.length, need.deadline_s)
+            patience_s = need.deadline_s - ANSWER_S
+            await resolver.need("sha256:" + need.volume, need.offset, need.offset + need.length, patience_s)
 
         async def on_connected(link: Link) -> None:
             await _take_over(link, store, resolver, sources)

@@ -154,6 +154,15 @@ def show_value(value: object) -> str:
     return "" if value is None else str(value)
 
 
+def _show_default(field: "dataclasses.Field[Any]") -> str:
+    """A default as an operator would write it, with its unit."""
+    if field.metadata["parse"] is parse_size and isinstance(field.default, int):
+        return f"{field.default >> 30}GiB"
+    if field.metadata["parse"] is parse_duration and isinstance(field.default, float):
+        return f"{field.default:g}s"
+    return show_value(field.default)
+
+
 def add_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
     """Add the flags of the named settings (all by default), and `--config`."""
     group = parser.add_argument_group(
@@ -170,9 +179,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None = Non
                 help=f"{help_text} (default: {show_value(field.default)})",
             )
             continue
-        default = f"{field.default >> 30}GiB" if field.name == "cache_quota" else show_value(field.default)
-        if field.name == "read_deadline":
-            default = f"{field.default:g}s"
+        default = _show_default(field)
         group.add_argument(
             _flag(field.name),
             metavar=field.metadata["unit"],
@@ -254,9 +261,7 @@ def reference_page() -> str:
         "|---|---|---|---|---|",
     ]
     for field in _rows():
-        default = "50GiB" if field.name == "cache_quota" else show_value(field.default)
-        if field.name == "read_deadline":
-            default = "30s"
+        default = _show_default(field)
         lines.append(
             f"| `{_flag(field.name)}` | `{ENV_PREFIX}{field.name.upper()}` | `{field.name}` | {f'`{default}`' if default else ''} | {field.metadata['help']} |"
         )

@@ -36,7 +36,7 @@ async def open_admin_server(path: Path, handlers: Mapping[str, Handler]) -> Asyn
     temporary.replace(path)
     limiter = trio.CapacityLimiter(MAX_CONNECTIONS)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(partial(trio.serve_listeners, partial(_serve, handlers, limiter), [trio.SocketListener(sock)]))
+        await nursery.start(partial(trio.serve_listeners, partial(_serve, handlers, limiter), [trio.SocketListener(sock)]))
         try:
             yield
         finally:

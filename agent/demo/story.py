@@ -50,7 +50,7 @@ class Story:
 
     async def refresh(self) -> None:
         """Look at every running node once."""
-        logged = self.lab.registry_log_bytes()
+        logged = self.logged()
         for name, row in self.rows.items():
             row.registry_log = logged[name]
             node = self.lab.nodes.get(name)
@@ -58,6 +58,10 @@ class Story:
                 with suppress(ShoalError):  # starting or stopping
                     _take(row, await node.status())
         self.view.show(list(self.rows.values()), self.image.size)
+
+    def logged(self) -> dict[str, int]:
+        """Bytes of the image's layers that the registry says it sent, by node; its small configuration is not a layer."""
+        return self.lab.registry_log_bytes({layer.digest for layer in self.image.layers})
 
     async def start(self, name: str) -> Node:
         """Bring up a node and a container on it."""
@@ -123,7 +127,7 @@ async def _tell(options: Options, view: View, lab: Lab, image: BuiltImage) -> li
         for name in ("node2", "node3"):
             view.say(f"{name} joins the fleet and starts the same container")
             await story.complete(await story.start(name))
-        logged = lab.registry_log_bytes()
+        logged = story.logged()
         await lab.registry.stop()
         view.say("the registry is stopped")
         view.say("node4 joins the fleet and starts the same container")

@@ -3,7 +3,7 @@
 import logging
 import secrets
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM
@@ -54,9 +54,9 @@ class Lab:
             await node.start_agent(secret=self.secret, bootstrap=bootstrap, extra=extra)
         return node
 
-    def registry_log_bytes(self) -> dict[str, int]:
-        """Bytes of blobs sent to each node, from the registry's own access log."""
-        return {name: self.registry.sent_bytes(self.link.sources[name]) for name in self.hosts}
+    def registry_log_bytes(self, digests: Collection[str] | None = None) -> dict[str, int]:
+        """Bytes of blobs (of all, or of the given ones) sent to each node, from the registry's own access log."""
+        return {name: self.registry.sent_bytes(self.link.sources[name], digests) for name in self.hosts}
 
 
 @asynccontextmanager

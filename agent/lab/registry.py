@@ -11,7 +11,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -111,9 +111,13 @@ class Registry:
             return []
         return [access for access in parse_access_log(text) if host is None or access.client == host]
 
-    def sent_bytes(self, host: str | None = None, *, blobs_only: bool = True) -> int:
-        """Bytes of answers, counted from the registry's access log."""
-        return sum(access.size for access in self.accesses(host) if access.is_blob or not blobs_only)
+    def sent_bytes(self, host: str | None = None, digests: Collection[str] | None = None) -> int:
+        """Bytes of blobs (of all, or of the given ones), counted from the registry's access log."""
+        return sum(
+            access.size
+            for access in self.accesses(host)
+            if access.is_blob and (digests is None or access.path.rpartition("/")[2].partition("?")[0] in digests)
+        )
 
 
 @asynccontextmanager

@@ -17,7 +17,7 @@ def without_decoration() -> Iterator[None]:
     """Within the block those libraries cannot be imported, unless they are loaded already."""
     hidden = [name for name in _UNUSED if name not in sys.modules]
     for name in hidden:
-        sys.modules[name] = None  # type: ignore[assignment] - what the import system takes for "not there"
+        sys.modules[name] = None  # type: ignore[assignment]  # what the import system takes for "not there"
     try:
         yield
     finally:

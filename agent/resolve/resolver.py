@@ -145,6 +145,10 @@ class Resolver:
         state = self._states.get(digest)
         if state is None:
             raise StoreError(f"layer {digest} is not known to this agent", errno=errno.ESTALE)
+        if deadline_s <= 0:  # the kernel asks again for what was refused a moment ago; the log has it
+            if await self._settled_missing(state.layer, start, stop):
+                raise OSError(errno.EIO, f"{state.label}: nobody could give the bytes in time")
+            return
         with trio.move_on_after(deadline_s) as scope:
             await self._need(state, start, stop)
         if scope.cancelled_caught:
@@ -349,7 +353,8 @@ class Resolver:
             raise SourceUnavailable(f"{source.name} ended its answer too early", source=source.name)
 
     async def _be_polite(self, run: Run[str]) -> None:
-        while run.priority is Priority.BACKGROUND and not self._queue.may_background(time.monotonic()):
+        # What ends the wait is the passing of quiet time, of which there is no event.
+        while run.priority is Priority.BACKGROUND and not self._queue.may_background(time.monotonic()):  # noqa: ASYNC110
             await trio.sleep(POLITE_S)
 
     async def _absorb_all(self, run: Run[str], state: _LayerState, absorber: "_Absorber", arrivals: _Arrivals) -> None:

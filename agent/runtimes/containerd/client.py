@@ -262,16 +262,16 @@ class Containerd:
     ) -> _Response:
         """One call. A containerd that started before us may still be waiting to dial our socket again, and says "unavailable"
         until it has (gRPC backs off up to 3 s): it is asked again for `REDIAL_S`."""
-        with trio.move_on_after(REDIAL_S):
-            while True:
-                try:
-                    return await self._call_once(method, request, response, namespace, lease)
-                except ContainerdError as exc:
-                    if exc.code is not grpc.StatusCode.UNAVAILABLE or OUR_SOCKET not in str(exc):
-                        raise
-                    log.debug("containerd_not_yet_connected", reason=str(exc))
-                await trio.sleep(REDIAL_STEP_S)
-        return await self._call_once(method, request, response, namespace, lease)
+        give_up_at = trio.current_time() + REDIAL_S
+        while True:
+            try:
+                return await self._call_once(method, request, response, namespace, lease)
+            except ContainerdError as exc:
+                is_redialling = exc.code is grpc.StatusCode.UNAVAILABLE and OUR_SOCKET in str(exc)
+                if not is_redialling or trio.current_time() > give_up_at:
+                    raise
+                log.debug("containerd_not_yet_connected", reason=str(exc))
+            await trio.sleep(REDIAL_STEP_S)
 
     async def _call_once(self, method: str, request: Message, response: type[_Response], namespace: str, lease: str) -> _Response:
         invoke = self._channel.unary_unary(f"/{method}", _serialize, response.FromString)
