@@ -52,6 +52,9 @@ from fsmount.link import Link, Need
 
 log = structlog.get_logger()
 
+ANSWER_S: Final = 0.1
+"""The resolver gives a read up so much before fsmount would, so that the reason is in the answer and in the log."""
+
 MAX_OPEN_FILES: Final = 65536
 PIN_OWNER: Final = "containerd"
 TRIM_INTERVAL_S: Final = 2.0
