@@ -16,6 +16,9 @@ _CONFIGURE: Final = 0x4C0A
 _LOOP_MAJOR: Final = 7
 _READ_ONLY: Final = 1
 _AUTOCLEAR: Final = 4
+_DIRECT_IO: Final = 16
+"""Without it the driver reads the file through the page cache, one request after the other: a read that waits for its bytes
+would hold up every other read of the device, also of what is present."""
 _CONFIG: Final = struct.Struct("<II" + "QQQQQIIII64s64s32sQQ" + "64x")
 """loop_config: fd, block size; then loop_info64: device, inode, rdevice, offset, sizelimit, number, encryption type and key size,
 flags, file name, crypt name, key, init[2]; then 8 reserved words."""
@@ -44,7 +47,9 @@ def attach(path: str, readahead_kib: int) -> tuple[int, str]:
                     fcntl.ioctl(
                         fd,
                         _CONFIGURE,
-                        _CONFIG.pack(backing, 4096, 0, 0, 0, 0, 0, 0, 0, 0, _READ_ONLY | _AUTOCLEAR, name, b"", b"", 0, 0),
+                        _CONFIG.pack(
+                            backing, 4096, 0, 0, 0, 0, 0, 0, 0, 0, _READ_ONLY | _AUTOCLEAR | _DIRECT_IO, name, b"", b"", 0, 0
+                        ),
                     )
                 except OSError as error:
                     os.close(fd)
