@@ -73,9 +73,9 @@ def judge_attempts(attempts: Mapping[str, str], state_dir: Path) -> Iterator[Fin
         if failure := attempts["resend"]:
             yield warning(
                 "fsmount takeover",
-                f"this kernel does not send unanswered reads again ({failure}): a read that is under way when fsmount dies waits"
-                " until its deadline",
-                "Linux 6.9 or later",
+                f"this kernel does not send unanswered reads again ({failure}): a read that is under way when fsmount dies"
+                " or is upgraded is never answered",
+                "Linux 6.9 or later; before it, upgrade fsmount only while no container runs",
             )
         else:
             yield ok("fsmount takeover", "reads under way survive the death and the upgrade of fsmount")
