@@ -5,6 +5,7 @@ first stops taking calls, then says goodbye to the swarm, and closes the store l
 on reading what is here, and the next agent takes over.
 """
 
+import gc
 import logging
 import os
 import resource
@@ -57,7 +58,7 @@ ANSWER_S: Final = 0.1
 
 MAX_OPEN_FILES: Final = 65536
 PIN_OWNER: Final = "containerd"
-TRIM_INTERVAL_S: Final = 2.0
+TRIM_INTERVAL_S: Final = 1.0
 
 
 def run_agent(settings: Settings, *, version: str) -> int:
@@ -393,12 +394,14 @@ async def _serve(settings: Settings, version: str) -> None:
 
 
 async def _keep_small(resolver: Resolver) -> None:
-    """Give memory back after a burst of fetching."""
-    trimmed_at = 0
+    """Give memory back after start-up, and while and after much is fetched."""
+    gc.collect()
+    gc.freeze()  # modules stay for ever: no later collection need look at them
+    trimmed_at = -1
     while True:
         await trio.sleep(TRIM_INTERVAL_S)
         verified = resolver.counters.chunks_verified
-        if verified != trimmed_at and not resolver.is_busy():
+        if verified != trimmed_at:
             await trio.to_thread.run_sync(trim_malloc)
             trimmed_at = verified
 

@@ -128,12 +128,12 @@ class ImageCommands:
         resolved = await self._manifest(image)
         config = self.records.get(resolved.config.digest)
         if config is None:
-            try:
+            config = await self.records.fetch(resolved.config.digest, self.swarm, self.peers)
+            source = "peer"
+            if config is None:
                 config = await self.registry.fetch_small(image, resolved.config, max_bytes=MAX_CONFIG_BYTES)
-            except SourceUnavailable:
-                config = await self.records.find(resolved.config.digest, self.swarm, self.peers)
-                if config is None:
-                    raise
+                source = "registry"
+            self.resolver.count(source, len(config))
             await self.records.keep(resolved.config.digest, config)
         try:
             diff_ids = list(json.loads(config)["rootfs"]["diff_ids"])

@@ -217,6 +217,7 @@ class Layers:
         for layer in resolved.layers:
             if layer.annotations.get(LAYER_DIGEST) == digest:
                 raw = await self._registry.fetch_small(toc_image, layer, max_bytes=64 << 20)
+                self._resolver.count("registry", len(raw))
                 return await trio.to_thread.run_sync(estargz.unpack_toc, raw, toc_digest, limiter=self._cpu)
         raise FormatError(f"{toc_image} has no TOC for layer {digest}")
 

@@ -27,8 +27,8 @@ log = structlog.get_logger()
 KIND: Final = "shared"
 MAX_RECORD_BYTES: Final = 8 << 20
 MAX_RECORDS: Final = 4096
-ANSWER_S: Final = 1.0
-"""How long the fleet has to name who holds a record; only waited for when the registry is away."""
+ANSWER_S: Final = 0.25
+"""How long the fleet has to name who holds a record; connected peers answer within a round trip."""
 FETCH_S: Final = 5.0
 
 
@@ -93,23 +93,18 @@ class FleetRecords:
             _, digest, media_type = max(records)
         raw = self._records.get(digest)
         if raw is None:
-            for raw in await self._ask(digest, swarm, peers, every=False):
-                await self.keep(digest, raw)
-                break
-        if raw is None:
-            return None
+            raw = await self.fetch(digest, swarm, peers)
+            if raw is None:
+                return None
+            await self.keep(digest, raw)
         manifest = parse_manifest(raw, media_type)
         if not isinstance(manifest, Manifest):
             return None
         return ResolvedManifest(digest, manifest.media_type, raw, manifest.config, manifest.layers)
 
-    async def find(self, digest: Digest, swarm: Swarm, peers: PeerClient | None) -> bytes | None:
-        """A record that its digest vouches for, from this node or another."""
-        raw = self._records.get(digest)
-        if raw is not None:
-            return raw
+    async def fetch(self, digest: Digest, swarm: Swarm, peers: PeerClient | None) -> bytes | None:
+        """A record that its digest vouches for, from another node; None if none has it."""
         for raw in await self._ask(digest, swarm, peers, every=False):
-            await self.keep(digest, raw)
             return raw
         return None
 
