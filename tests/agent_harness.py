@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -45,6 +46,16 @@ def drop_caches() -> None:
     """Have the kernel forget file data and names, so that the next read asks fsmount."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def read_errno(path: Path) -> tuple[int, float]:
+    """(the error of reading the file, 0 if there was none; the seconds it took)."""
+    began = time.monotonic()
+    try:
+        path.read_bytes()
+    except OSError as exc:
+        return exc.errno or -1, time.monotonic() - began
+    return 0, time.monotonic() - began
 
 
 @attrs.define(eq=False)
