@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,39 +14,11 @@ from agent import config
 from agent.cli import _parser
 from agent.demo import main as demo_main
 from agent.runtimes.containerd.configuration import config_snippet
+from tests.documents import DOCUMENTS, INLINE, ROOT, blocks, commands, prose
 
-ROOT = Path(__file__).resolve().parents[3]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
 SETTINGS = config.Settings()
-
-_FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-_INLINE = re.compile(r"`([^`\n]+)`")
-_FOREIGN_FLAGS = {
-    "--estargz": "nerdctl",
-    "--version": "every command",
-    "--help": "every command",
-}
-
-
-def prose(text: str) -> str:
-    return _FENCE.sub("", text)
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return [body for name, body in _FENCE.findall(text) if name == language]
-
-
-def commands(document: Path) -> Iterator[list[str]]:
-    """Every simple command of shell blocks, and inline code that begins with `shoal ` or `make `."""
-    text = document.read_text()
-    lines = [line for body in blocks(text, "sh") for line in body.splitlines()]
-    lines += [code for code in _INLINE.findall(prose(text)) if code.startswith(("shoal ", "make "))]
-    for line in lines:
-        for part in re.split(r"&&|\|\||;|\|", line):
-            words = shlex.split(part.strip(), comments=True)
-            if words:
-                yield words
+FOREIGN_FLAGS = {"--estargz", "--version", "--help"}
 
 
 def options_of_shoal() -> set[str]:
@@ -105,9 +76,9 @@ def test_make_targets_exist(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_flags_and_variables_exist(document: Path) -> None:
-    known = options_of_shoal() | set(_FOREIGN_FLAGS)
+    known = options_of_shoal() | FOREIGN_FLAGS
     keys = {f"{config.ENV_PREFIX}{name.upper()}" for name in SETTINGS.__class__.__annotations__} | {"SHOAL_CONFIG"}
-    for code in _INLINE.findall(prose(document.read_text())):
+    for code in INLINE.findall(prose(document.read_text())):
         if code.startswith("--"):
             assert code.split("=")[0].split()[0] in known, code
     for variable in re.findall(r"\bSHOAL_[A-Z_]+\b", document.read_text()):
@@ -130,7 +101,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_of_the_repository_exist(document: Path) -> None:
-    for code in _INLINE.findall(prose(document.read_text())):
+    for code in INLINE.findall(prose(document.read_text())):
         if re.fullmatch(r"(?:agent|fsmount|tests|deploy|docs)/[\w./-]+", code):
             assert (ROOT / code).exists(), code
 

@@ -1,0 +1,42 @@
+"""The client commands of README and operations, run as they stand, with an image and a directory that exist."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from agent.lab.processes import run_command
+from tests.agent_harness import open_fleet, push_fixtures
+from tests.documents import DOCUMENTS, commands
+
+DOCUMENTED_IMAGE = "registry.example/app:esgz"
+DOCUMENTED_DIRECTORY = "/mnt/app"
+CLIENTS = {"mount", "unmount", "status", "peers", "scrub", "doctor", "ls"}
+
+
+@pytest.mark.timeout(120)
+async def test_client_commands(shared_fixtures: Path) -> None:
+    done: set[str] = set()
+    async with open_fleet() as fleet:
+        await push_fixtures(fleet, shared_fixtures, ["esgz"])
+        node = await fleet.node()
+        place = str(node.folder / "app")
+        for document in DOCUMENTS:
+            if document.name not in {"README.md", "operations.md"} or document.parent.name == "decisions":
+                continue
+            for words in commands(document, only_blocks=True):
+                name = words[1] if Path(words[0]).name == "shoal" else words[0]
+                if name not in CLIENTS:
+                    continue
+                real = [node.image("fixtures:esgz") if word == DOCUMENTED_IMAGE else word for word in words]
+                real = [place if word == DOCUMENTED_DIRECTORY else word for word in real]
+                if name == "ls":
+                    assert (await run_command(real)).stdout
+                else:
+                    extra = ["--state-dir", str(node.folder / "state"), "--no-snapshotter"] if name == "doctor" else []
+                    finished = await node.shoal(*real[1:], *extra, check=False)
+                    assert finished.status == 0, (real, finished.stderr.decode(), finished.stdout.decode())
+                    if "--json" in real:
+                        json.loads(finished.stdout)
+                done.add(name)
+    assert done == CLIENTS
