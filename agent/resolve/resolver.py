@@ -22,7 +22,7 @@ import trio
 
 from agent.errors import ShoalError, SourceError, SourceLied, SourceUnavailable, StoreError
 from agent.formats.members import PieceDecoder
-from agent.formats.model import FormatError
+from agent.formats.model import BLOCK_SIZE, FormatError
 from agent.resolve.counters import Counters
 from agent.resolve.queue import PieceQueue, Priority, Run
 from agent.resolve.sources import Source, Sourcing
@@ -276,8 +276,13 @@ class Resolver:
                 continue
             if layer.has_piece(run.first) or run.first not in state.tried_self:
                 state.tried_self.add(run.first)
-                if await trio.to_thread.run_sync(_adopt_from_disk, layer, run.first, limiter=self._threads):
+                found = await trio.to_thread.run_sync(_adopt_from_disk, layer, run.first, limiter=self._threads)
+                if layer.has_piece(run.first):
                     self._piece_done(state, run.first)
+                    continue
+                if found.chunks:
+                    self._part_done(state, run.first, found)
+                    resume.layer_offset, resume.chunk = found.resume
                     continue
             candidates = self._sourcing.candidates(layer, run.first, run.stop, excluded)
             if not candidates:
@@ -297,7 +302,7 @@ class Resolver:
                 continue
             source, pieces = candidates[0]
             try:
-                await self._stream(run, state, source, min(run.stop, run.first + max(1, pieces)), resume)
+                await self._stream(run, state, source, self._stop_of(run, state, pieces), resume)
             except SourceError as exc:
                 state.last_error = f"{source.kind} {source.name}: {exc}"
                 log.info(
@@ -313,6 +318,18 @@ class Resolver:
                 self._sourcing.report(source, layer, exc)
                 if isinstance(exc, SourceLied):
                     self.counters.bad_chunks += 1
+
+    def _stop_of(self, run: Run[str], state: _LayerState, pieces: int) -> int:
+        """Where a request for the run ends: before a piece of which an earlier agent has left a part in the blob file."""
+        stop, starts = run.first + 1, state.layer.pieces.starts
+        most = min(run.stop, run.first + max(1, pieces))
+        while stop < most:
+            block = -(-starts[stop] // BLOCK_SIZE) * BLOCK_SIZE  # the block before may have data of the piece before
+            is_begun = block < starts[stop + 1] and state.layer.blob_has_data(block, block + 1)
+            if is_begun and stop not in state.tried_self:
+                break
+            stop += 1
+        return stop
 
     def _has_waiters(self, state: _LayerState, run: Run[str]) -> bool:
         pieces = state.layer.pieces
@@ -380,6 +397,12 @@ class Resolver:
         self.counters.chunks_verified += len(chunks)
         self._wake(state, chunks)
         self._sourcing.piece_held(state.layer, piece)
+
+    def _part_done(self, state: _LayerState, piece: int, found: "_Adopted") -> None:
+        start, stop = state.layer.pieces.extent(piece)
+        self.counters.cache_bytes += (stop if found.resume[0] < 0 else found.resume[0]) - start
+        self.counters.chunks_verified += len(found.chunks)
+        self._wake(state, found.chunks)
 
     def chunks_arrived(self, digest: str, chunks: Sequence[int]) -> None:
         """Chunks were written by somebody else (copied from another layer); wake who waits for them."""
@@ -469,10 +492,21 @@ class _Absorber:
         return done, held
 
     def resume_point(self) -> tuple[int, int]:
-        """Blob offset and number of the first chunk that has not arrived; (-1, 0) if a new source must start over."""
+        """Blob offset at which to go on, and the first chunk that has not arrived; (-1, 0) if there is none.
+
+        The blob file has everything before that offset, also what lies between two members.
+        """
         if self._next_chunk >= self._stop_chunk:
             return -1, 0
-        return self._layer.chunks.blob_offset[self._next_chunk], self._next_chunk
+        return min(self._position, self._layer.chunks.blob_offset[self._next_chunk]), self._next_chunk
+
+
+@attrs.frozen
+class _Adopted:
+    """What the blob file gave of a piece: chunks, and where to go on (as `_Absorber.resume_point`)."""
+
+    chunks: list[int]
+    resume: tuple[int, int]
 
 
 def _lacks(layer: StoredLayer, piece: int) -> bool:
@@ -480,23 +514,35 @@ def _lacks(layer: StoredLayer, piece: int) -> bool:
     return not all(layer.has_chunk(chunk) for chunk in layer.pieces.chunks_of(piece))
 
 
-def _adopt_from_disk(layer: StoredLayer, piece: int) -> bool:
-    """Decode a piece from the blob file: it is held but was dropped from the volume, or its bytes lie there without a mark
-    because the agent was killed before it could make one. In a worker thread; False if that did not help."""
+def _adopt_from_disk(layer: StoredLayer, piece: int) -> _Adopted:
+    """Decode what the blob file has of a piece: all of it if it is held but was dropped from the volume, or as much from its
+    beginning as an agent had received when it was killed. In a worker thread; marks the piece if it is whole."""
     start, stop = layer.pieces.extent(piece)
     was_held = layer.has_piece(piece)
-    if not was_held and not layer.blob_has_data(start, stop):
-        return False
     chunks = layer.pieces.chunks_of(piece)
+    done: list[int] = []
+    if was_held or layer.blob_has_data(start, stop):
+        absorber = _Absorber(layer, chunks.start, chunks.stop, start, piece, write_blob=False)
+        try:
+            done, _held = absorber.absorb([(start, layer.peek_blob(start, stop))])
+            return _Adopted(done, absorber.resume_point())
+        except (FormatError, StoreError) as exc:
+            if was_held:
+                log.warning("held_piece_was_bad", layer=layer.digest, piece=piece, reason=str(exc))
+                layer.forget_piece(piece)
     absorber = _Absorber(layer, chunks.start, chunks.stop, start, piece, write_blob=False)
+    at = start
     try:
-        absorber.absorb([(start, layer.peek_blob(start, stop))])
-    except (FormatError, StoreError) as exc:
-        if was_held:
-            log.warning("held_piece_was_bad", layer=layer.digest, piece=piece, reason=str(exc))
-            layer.forget_piece(piece)
-        return False
-    return layer.has_piece(piece)
+        for number in chunks:
+            end = layer.chunks.blob_offset[number] + layer.chunks.blob_length[number]
+            if end > at:
+                if not layer.blob_has_data(at, end):
+                    break
+                done += absorber.absorb([(at, layer.peek_blob(at, end))])[0]
+                at = end
+    except (FormatError, StoreError) as exc:  # the member that was arriving
+        log.debug("leftover_ends", layer=layer.digest, piece=piece, reason=str(exc))
+    return _Adopted(done, absorber.resume_point())
 
 
 def _narrow(group: BaseExceptionGroup[BaseException], source: Source) -> ShoalError | None:
