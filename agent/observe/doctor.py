@@ -6,6 +6,7 @@ time, each under the same deadline; one that does not end by then is itself a fi
 """
 
 import os
+import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -49,13 +50,24 @@ def _start_trial(settings: Settings) -> Iterator[Trial | str]:
     with ExitStack() as stack:
         trial: Trial | str = "only root can try mounts"
         if os.geteuid() == 0:
-            has_fsmount = (settings.run_dir / "fsmount.sock").exists()
+            has_fsmount = _listens(settings.run_dir / "fsmount.sock")
             place = machine.nearest_directory(settings.state_dir)
             try:
                 trial = stack.enter_context(open_trial(place, with_fsmount=not has_fsmount))
             except OSError as exc:
                 trial = f"nothing could be tried: {exc}"
         yield trial
+
+
+def _listens(path: Path) -> bool:
+    """Is there somebody behind a unix socket? A file that a dead process left behind is nobody."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(ANSWER_S)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
 
 
 class _Examination:
@@ -158,6 +170,9 @@ class _Examination:
             found.append(error("mounting", f"nothing could be tried: {last}", "apt-get install util-linux (setpriv, unshare)"))
         elif has_fsmount or trial.attempts.get("fuse"):
             return found
+        elif not trial.with_fsmount:
+            text = f"something listens at {self._settings.run_dir / 'fsmount.sock'} and does not answer"
+            found.append(error("fsmount", text, "see RUN_DIR/fsmount.log; end what listens there, the agent starts fsmount anew"))
         elif is_ready:
             async with open_link(trial.scratch / "run") as link:
                 trial.hear_rest()

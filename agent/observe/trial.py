@@ -26,8 +26,9 @@ _REFUSED: Final = "presentation_unavailable"
 class Trial:
     """The doctor's end; see `open_trial`."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", scratch: Path) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", scratch: Path, *, with_fsmount: bool) -> None:
         self._process = process
+        self.with_fsmount: Final = with_fsmount
         self.scratch: Final = scratch
         self.attempts: dict[str, str] = {}
         """What was tried and how it failed; empty text: it works."""
@@ -96,7 +97,7 @@ def open_trial(state_parent: Path | None, *, with_fsmount: bool) -> Iterator[Tri
                 cwd="/",
                 env={**os.environ, "PYTHONPATH": package},
             )
-            yield Trial(process, Path(scratch))
+            yield Trial(process, Path(scratch), with_fsmount=with_fsmount)
         finally:
             if process is not None:
                 process.kill()

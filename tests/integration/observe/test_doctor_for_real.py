@@ -142,6 +142,21 @@ def test_a_containerd_that_does_not_know_us(folder: Path) -> None:
     assert not (folder / "state-dir").exists()
 
 
+@pytest.mark.parametrize("is_alive", [False, True])
+def test_an_fsmount_that_is_dead_or_hangs(folder: Path, is_alive: bool) -> None:
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(str(folder / "fsmount.sock"))
+        if is_alive:
+            mute.listen()
+        found = doctor(f"--run-dir={folder}", f"--state-dir={folder}", "--no-snapshotter")
+    if is_alive:
+        assert found.levels("fsmount") == {"error"}
+        assert "does not answer" in found.about("fsmount")[0]["text"]
+    else:
+        assert "tried just now" in found.about("presentations")[0]["text"]
+        assert not found.about("fsmount")
+
+
 async def test_a_node_that_is_well() -> None:
     async with open_fleet() as fleet:
         first = await fleet.node()
