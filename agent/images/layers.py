@@ -94,6 +94,8 @@ class Layers:
         self._background = background
         self._flights: dict[str, _Flight] = {}
         self._rebuilds: dict[str, _Flight] = {}
+        self._presented: dict[str, tuple[Link, StoredLayer, PreparedLayer]] = {}
+        """What was mounted over which connection, so that asking again costs nothing; another connection asks fsmount anew."""
         self._cpu = trio.CapacityLimiter(2)
         self._whole = WholeFetcher(store, sources, counters, work_dir, self._cpu)
 
@@ -236,13 +238,18 @@ class Layers:
 
     async def _present(self, stored: StoredLayer) -> PreparedLayer:
         name = layer_name(stored.digest)
-        self._resolver.add_layer(stored, str(stored.extra.get("image", stored.digest)))
         link = await self._link()
+        known = self._presented.get(stored.digest)
+        if known is not None and known[0] is link and self._store.layer(stored.digest) is known[1]:
+            return known[2]
+        self._resolver.add_layer(stored, str(stored.extra.get("image", stored.digest)))
         await link.add_volume(name, stored.data_path, stored.blocks_path, stored.volume_size)
         mounted = await link.mount_layer(name, stored.image_path, [name], self._presentation)
         await self._sources.announce(stored)
         self._nursery.start_soon(self._start_fetching, stored)
-        return PreparedLayer(name, Path(mounted.path), mounted.presentation, is_lazy=stored.codec != "whole")
+        prepared = PreparedLayer(name, Path(mounted.path), mounted.presentation, is_lazy=stored.codec != "whole")
+        self._presented[stored.digest] = link, stored, prepared
+        return prepared
 
     async def _start_fetching(self, stored: StoredLayer) -> None:
         if stored.codec == "whole" or stored.complete:
@@ -271,6 +278,7 @@ class Layers:
     async def release(self, name: str) -> None:
         """Unmount a layer that nobody uses; its data stay cached until they are evicted."""
         link = await self._link()
+        self._presented.pop(f"sha256:{name}", None)
         await link.unmount_layer(name)
 
     async def rebuild(self, stored: StoredLayer) -> None:

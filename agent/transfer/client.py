@@ -92,10 +92,17 @@ class _Connection:
             data, self._buffer = self._buffer[:most], self._buffer[most:]
             await trio.lowlevel.checkpoint()
             return data
-        data = bytes(await self._stream.receive_some(most))
-        if not data:
-            raise EOFError("closed by the peer")
-        return data
+        # TLS hands out one record of 16 KiB at a time, and what follows costs more for each block than for each byte.
+        parts, size = [], 0
+        while size < most:
+            data = await self._stream.receive_some(most - size)
+            if not data:
+                if parts:
+                    break
+                raise EOFError("closed by the peer")
+            parts.append(data)
+            size += len(data)
+        return b"".join(parts)
 
     async def close(self) -> None:
         """Drop the connection."""
