@@ -70,7 +70,6 @@ class AgentNode:
     control_port: int = attrs.field(factory=free_port)
     data_port: int = attrs.field(factory=free_port)
     child: Child | None = None
-    starts: int = 0
 
     @property
     def folder(self) -> Path:
@@ -109,8 +108,8 @@ class AgentNode:
         """A layer's files in the store."""
         return self.store / "layers" / digest.removeprefix("sha256:")
 
-    async def start(self, bootstrap: Sequence[str] = ()) -> None:
-        """Start the agent and wait until it says that it is ready."""
+    def launch(self, bootstrap: Sequence[str] = ()) -> Callable[[], bool]:
+        """Start the agent's process; what it gives tells whether it is ready yet."""
         self.folder.mkdir(exist_ok=True)
         argv = [*shoal(), "agent", "--run-dir", str(self.run_dir), "--state-dir", str(self.folder / "state"), "--no-snapshotter"]
         argv += ["--listen", f"/ip4/127.0.0.1/tcp/{self.control_port}", "--data-listen", f"127.0.0.1:{self.data_port}"]
@@ -122,13 +121,18 @@ class AgentNode:
         seen = self.log.stat().st_size if self.log.exists() else 0
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SHOAL_")}
         self.child = start(f"agent of {self.name}", [*argv, *self.settings], self.log, env=environment, dies_with_us=False)
-        self.starts += 1
 
         def is_ready() -> bool:
             with self.log.open("rb") as stream:
                 stream.seek(seen)
                 return b"shoal agent is ready" in stream.read() and socket_answers(self.run_dir / "agent.sock")
 
+        return is_ready
+
+    async def start(self, bootstrap: Sequence[str] = ()) -> None:
+        """Start the agent and wait until it says that it is ready."""
+        is_ready = self.launch(bootstrap)
+        assert self.child is not None
         await self.child.wait_ready(is_ready, "it says that it is ready")
 
     async def kill(self) -> None:

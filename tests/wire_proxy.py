@@ -25,7 +25,8 @@ class Harm(enum.Enum):
 
 @attrs.define(eq=False)
 class Proxy:
-    """A running proxy. `harm` may change at any time; `skip` bytes of each body pass unharmed. `rate` is bytes a second."""
+    """A running proxy. `harm` may change at any time; `skip` bytes of each body pass unharmed. `rate` is bytes a second.
+    `passed` counts bytes handed to clients, `broken` the connections that an end left in the middle of something."""
 
     target: tuple[str, int]
     is_http: bool
@@ -37,6 +38,7 @@ class Proxy:
     is_refusing: bool = False
     passed: int = 0
     harmed: int = 0
+    broken: int = 0
     _free: float = 0.0
     _was_harmed: trio.Event = attrs.field(factory=trio.Event)
     _open: set[trio.SocketStream] = attrs.field(factory=set)
@@ -73,7 +75,7 @@ class Proxy:
             async with client:
                 await (self._serve_http(client) if self.is_http else self._serve_bytes(client))
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
-            return  # one of the ends went away: what these tests are about
+            self.broken += 1  # one of the ends went away: what these tests are about
         finally:
             self._open.discard(client)
 
@@ -82,6 +84,8 @@ class Proxy:
         try:
             # What the registry has written counts as sent in its log: no more than this may wait here.
             sock.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, 64 << 10)
+            # Loopback segments are 64 KiB, and the sender's buffer grows by them to megabytes; with these it stays near 256 KiB.
+            sock.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_MAXSEG, 1400)
             await sock.bind((self.source, 0))
             await sock.connect(self.target)
         except BaseException:
