@@ -168,7 +168,8 @@ class Layers:
 
     async def _fetch_lazy(self, image: ImageReference, layer: Descriptor, digest: Digest, toc_digest: Digest) -> StoredLayer:
         toc, index_start, index_bytes = await self._fetch_toc(image, layer, digest, toc_digest)
-        index, meta = await trio.to_thread.run_sync(_build, toc, layer.size, index_start, toc_digest, limiter=self._cpu)
+        with self._resolver.holding_prefetch():
+            index, meta = await trio.to_thread.run_sync(_build, toc, layer.size, index_start, toc_digest, limiter=self._cpu)
         for warning in index.warnings[:5]:
             log.warning("layer_entry_changed", layer=digest, image=str(image), reason=warning)
         extra: dict[str, str | int] = {"image": str(image), "format": index.format, "toc_digest": toc_digest}

@@ -12,8 +12,8 @@ A read ends with its bytes or, at its deadline, with EIO and one line in the log
 import errno
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 import attrs
@@ -36,6 +36,8 @@ BATCH_BYTES: Final = 1 << 20
 """Most bytes one worker-thread call takes: about 10 ms of inflate and hash, so that chunks are not held back longer."""
 CALM_BATCH_BYTES: Final = 256 << 10
 """While nobody waits a worker-thread call takes at least this much: the hop costs 0.2 ms, as much as decoding 64 KiB."""
+HOLD_MOST_S: Final = 0.5
+"""Longest that the bytes of one run wait for indexes to be built: 100,000 entries take 3 s, and the link must not stand still."""
 BUFFER_BYTES: Final = 4 << 20
 """Bytes that may wait for the worker; beyond it the connection is not read, which slows the sender."""
 RETRY_FIRST_S: Final = 0.1
@@ -121,6 +123,8 @@ class Resolver:
         self._threads = trio.CapacityLimiter(3)
         self._refetching: set[tuple[str, int]] = set()
         self._piece_ended = trio.Event()
+        self._holders = 0
+        self._released = trio.Event()
 
     # --- what callers use -------------------------------------------------------------------------------------------------
 
@@ -225,6 +229,22 @@ class Resolver:
             if self._is_wanted(digest, piece):
                 self._queue.want(digest, piece, priority, now)
         self._kick()
+
+    @contextmanager
+    def holding_prefetch(self) -> Iterator[None]:
+        """Within the block nothing is decoded that nobody waits for. Bytes go on arriving.
+
+        Python runs one thread at a time: what is decoded while an index is built makes the index late, and with it everything
+        that the container does first.
+        """
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            if not self._holders:
+                self._released.set()
+                self._released = trio.Event()
 
     def is_busy(self) -> bool:
         """Whether anything is queued or in flight."""
@@ -377,7 +397,11 @@ class Resolver:
             await trio.sleep(POLITE_S)
 
     async def _absorb_all(self, run: Run[str], state: _LayerState, absorber: "_Absorber", arrivals: _Arrivals) -> None:
+        hold_until = trio.current_time() + HOLD_MOST_S
         while batch := await arrivals.take(1 if run.priority is Priority.DEMAND else CALM_BATCH_BYTES):
+            if self._holders and run.priority is not Priority.DEMAND:
+                with trio.move_on_at(hold_until):
+                    await self._released.wait()
             chunks, held = await trio.to_thread.run_sync(absorber.absorb, batch, limiter=self._threads)
             self.counters.chunks_verified += len(chunks)
             self._wake(state, chunks)

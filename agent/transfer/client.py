@@ -93,7 +93,8 @@ class _Connection:
             await trio.lowlevel.checkpoint()
             return data
         # TLS hands out one record of 16 KiB at a time, and what follows costs more for each block than for each byte.
-        parts, size = [], 0
+        parts: list[bytes] = []
+        size = 0
         while size < most:
             data = await self._stream.receive_some(most - size)
             if not data:
