@@ -133,10 +133,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - 20 ms that only --version needs
-
     if not any(word in sys.argv for word in ("--version", "agent", "doctor")):
         return "unknown"
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - 20 ms that few commands need
+
     try:
         return version("shoal")
     except PackageNotFoundError:

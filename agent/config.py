@@ -4,15 +4,16 @@ Every field of `Settings` is a flag (`--read-deadline`), an environment variable
 (`read_deadline`), all three derived from its name. A flag wins over the environment, the environment over the file, the file
 over the default. An unknown key is an error, never ignored. Settings are read once and passed down; nothing else in the agent
 looks at the environment.
+
+This module is on the way of every client command, some of which somebody waits for with a stop-watch: it imports little (a
+NamedTuple, because dataclasses and attrs cost 20 to 40 ms from a cold disk; TOML only where there is a file).
 """
 
 import argparse
-import dataclasses
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from agent.errors import SettingsError
 
@@ -79,14 +80,21 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def _setting(
-    default: object, parse: Callable[[str], object], unit: str, help_text: str
-) -> Any:  # a field is typed by its default
-    return dataclasses.field(default=default, metadata={"parse": parse, "unit": unit, "help": help_text})
+class _Row(NamedTuple):
+    """One line of the table; `name` is filled in from the class below."""
+
+    default: Any
+    parse: Callable[[str], object]
+    unit: str
+    help: str
+    name: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+def _setting(default: object, parse: Callable[[str], object], unit: str, help_text: str) -> Any:  # a field has its own type
+    return _Row(default, parse, unit, help_text)
+
+
+class Settings(NamedTuple):
     """Everything an operator can set; see the module's text for how."""
 
     state_dir: Path = _setting(Path("/var/lib/shoal"), _path, "DIR", "what lasts: cached layers, snapshots, the node's key")
@@ -135,14 +143,17 @@ class Settings:
     )
 
 
+_TABLE: Final = [row._replace(name=name) for name, row in Settings._field_defaults.items()]
+# Up to here the defaults were rows of the table, so that each setting is written once.
+Settings.__new__.__defaults__ = tuple(row.default for row in _TABLE)
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _rows(names: Sequence[str] | None = None) -> Iterator["dataclasses.Field[Any]"]:
-    for field in dataclasses.fields(Settings):
-        if names is None or field.name in names:
-            yield field
+def _rows(names: Sequence[str] | None = None) -> Iterator[_Row]:
+    return (row for row in _TABLE if names is None or row.name in names)
 
 
 def show_value(value: object) -> str:
@@ -154,11 +165,11 @@ def show_value(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _show_default(field: "dataclasses.Field[Any]") -> str:
+def _show_default(field: _Row) -> str:
     """A default as an operator would write it, with its unit."""
-    if field.metadata["parse"] is parse_size and isinstance(field.default, int):
+    if field.parse is parse_size and isinstance(field.default, int):
         return f"{field.default >> 30}GiB"
-    if field.metadata["parse"] is parse_duration and isinstance(field.default, float):
+    if field.parse is parse_duration and isinstance(field.default, float):
         return f"{field.default:g}s"
     return show_value(field.default)
 
@@ -170,7 +181,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None = Non
     )
     group.add_argument("--config", metavar="FILE", help=f"TOML file with settings (default: {DEFAULT_FILE} if it exists)")
     for field in _rows(names):
-        help_text = field.metadata["help"].replace("%", "%%")
+        help_text = field.help.replace("%", "%%")
         if isinstance(field.default, bool):
             group.add_argument(
                 _flag(field.name),
@@ -182,7 +193,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None = Non
         default = _show_default(field)
         group.add_argument(
             _flag(field.name),
-            metavar=field.metadata["unit"],
+            metavar=field.unit,
             default=None,
             help=help_text + (f" (default: {default})" if default and "default" not in help_text else ""),
         )
@@ -199,6 +210,8 @@ def _from_toml(name: str, value: object, where: Path) -> str:
 
 
 def _read_file(path: Path) -> dict[str, tuple[str, str]]:
+    import tomllib  # noqa: PLC0415 - see the module's text
+
     try:
         table = tomllib.loads(path.read_text())
     except OSError as exc:
@@ -243,7 +256,7 @@ def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], *, de
             values[field.name] = field.default
             continue
         try:
-            values[field.name] = field.metadata["parse"](text)
+            values[field.name] = field.parse(text)
         except ValueError as exc:
             raise SettingsError(f"{origin}: {exc}") from exc
     return Settings(**values)
@@ -263,6 +276,6 @@ def reference_page() -> str:
     for field in _rows():
         default = _show_default(field)
         lines.append(
-            f"| `{_flag(field.name)}` | `{ENV_PREFIX}{field.name.upper()}` | `{field.name}` | {f'`{default}`' if default else ''} | {field.metadata['help']} |"
+            f"| `{_flag(field.name)}` | `{ENV_PREFIX}{field.name.upper()}` | `{field.name}` | {f'`{default}`' if default else ''} | {field.help} |"
         )
     return "\n".join(lines) + "\n"
