@@ -166,7 +166,7 @@ def test_a_command_has_only_the_flags_it_was_given(capsys: pytest.CaptureFixture
 
 
 def test_a_shown_value_parses_to_itself() -> None:
-    for name, value in vars(Settings()).items():
+    for name, value in Settings()._asdict().items():
         text = config.show_value(value)
         if value not in (None, (), ""):
             assert getattr(load({name: text}), name) == value
@@ -174,7 +174,7 @@ def test_a_shown_value_parses_to_itself() -> None:
 
 def test_the_reference_page_has_every_setting() -> None:
     page = config.reference_page()
-    for name in vars(Settings()):
+    for name in Settings._fields:
         assert f"| `--{name.replace('_', '-')}` | `SHOAL_{name.upper()}` | `{name}` |" in page
     assert "50GiB" in page
     assert "`30s`" in page
