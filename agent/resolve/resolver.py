@@ -11,7 +11,6 @@ A read ends with its bytes or, at its deadline, with EIO and one line in the log
 
 import errno
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final
@@ -21,8 +20,8 @@ import structlog
 import trio
 
 from agent.errors import ShoalError, SourceError, SourceLied, SourceUnavailable, StoreError
-from agent.formats.members import PieceDecoder
 from agent.formats.model import BLOCK_SIZE, FormatError
+from agent.resolve.absorb import Absorber, Adopted, Arrivals, adopt_from_disk
 from agent.resolve.counters import Counters
 from agent.resolve.queue import PieceQueue, Priority, Run
 from agent.resolve.sources import Source, Sourcing
@@ -32,19 +31,23 @@ log = structlog.get_logger()
 
 LIMITS: Final = (6, 3, 1)
 """Runs in flight by priority: demand from six readers at once, prefetch of three layers side by side, one polite background."""
-BATCH_BYTES: Final = 1 << 20
-"""Most bytes one worker-thread call takes: about 10 ms of inflate and hash, so that chunks are not held back longer."""
 CALM_BATCH_BYTES: Final = 256 << 10
 """While nobody waits a worker-thread call takes at least this much: the hop costs 0.2 ms, as much as decoding 64 KiB."""
 HOLD_MOST_S: Final = 0.5
 """Longest that the bytes of one run wait for indexes to be built: 100,000 entries take 3 s, and the link must not stand still."""
-BUFFER_BYTES: Final = 4 << 20
-"""Bytes that may wait for the worker; beyond it the connection is not read, which slows the sender."""
 RETRY_FIRST_S: Final = 0.1
 RETRY_MOST_S: Final = 2.0
 POLITE_S: Final = 0.05
 GIVE_UP_AFTER: Final = 5
 """Rounds over all sources before prefetch or background lets a piece go; a demand tries until its reader's deadline."""
+
+
+@attrs.define
+class Resume:
+    """Where the next source goes on within a run: the member that starts at blob offset `layer_offset` holds `chunk`."""
+
+    layer_offset: int = -1
+    chunk: int = 0
 
 
 @attrs.define(eq=False)
@@ -63,49 +66,6 @@ class _LayerState:
     waiters: dict[int, list[_Waiter]] = attrs.field(factory=dict)
     last_error: str = ""
     tried_self: set[int] = attrs.field(factory=set)
-
-
-class _Arrivals:
-    """Bytes on their way from the connection to the worker thread, bounded by `BUFFER_BYTES`. One task puts, one takes.
-
-    TLS hands out 16 KiB at a time, so this is called thousands of times a second: a `put` with room does not yield.
-    """
-
-    def __init__(self) -> None:
-        self._blocks: deque[tuple[int, bytes]] = deque()
-        self._size = 0
-        self._ended = False
-        self._arrived = trio.Event()
-        self._taken = trio.Event()
-
-    def put(self, offset: int, block: bytes) -> bool:
-        """Add a block; False when it is time for `wait_room`."""
-        self._blocks.append((offset, block))
-        self._size += len(block)
-        self._arrived.set()
-        return self._size < BUFFER_BYTES
-
-    async def wait_room(self) -> None:
-        while self._size >= BUFFER_BYTES:
-            self._taken = trio.Event()
-            await self._taken.wait()
-
-    def end(self) -> None:
-        self._ended = True
-        self._arrived.set()
-
-    async def take(self, least: int) -> list[tuple[int, bytes]]:
-        """What has arrived, at most `BATCH_BYTES`, once it is `least` bytes or the end; empty at the end."""
-        while self._size < least and not self._ended:
-            self._arrived = trio.Event()
-            await self._arrived.wait()
-        batch, size = [], 0
-        while self._blocks and size < BATCH_BYTES:
-            batch.append(self._blocks.popleft())
-            size += len(batch[-1][1])
-        self._size -= size
-        self._taken.set()
-        return batch
 
 
 class Resolver:
@@ -290,7 +250,7 @@ class Resolver:
         layer = state.layer
         excluded: set[str] = set()
         rounds = 0
-        resume = _Resume()
+        resume = Resume()
         while run.first < run.stop:
             if not self._is_wanted(run.key, run.first):
                 self._wake(state, layer.pieces.chunks_of(run.first))
@@ -298,7 +258,7 @@ class Resolver:
                 continue
             if layer.has_piece(run.first) or run.first not in state.tried_self:
                 state.tried_self.add(run.first)
-                found = await trio.to_thread.run_sync(_adopt_from_disk, layer, run.first, limiter=self._threads)
+                found = await trio.to_thread.run_sync(adopt_from_disk, layer, run.first, limiter=self._threads)
                 if layer.has_piece(run.first):
                     self._piece_done(state, run.first)
                     continue
@@ -357,15 +317,15 @@ class Resolver:
         pieces = state.layer.pieces
         return any(chunk in state.waiters for chunk in range(pieces.first_chunk[run.first], pieces.first_chunk[run.stop]))
 
-    async def _stream(self, run: Run[str], state: _LayerState, source: Source, stop_piece: int, resume: "_Resume") -> None:
+    async def _stream(self, run: Run[str], state: _LayerState, source: Source, stop_piece: int, resume: Resume) -> None:
         """Fetch pieces [run.first, stop_piece) from one source, from the member reached by the last one."""
         layer, pieces = state.layer, state.layer.pieces
         start, stop = pieces.starts[run.first], pieces.starts[stop_piece]
         first_chunk = pieces.first_chunk[run.first]
         if resume.layer_offset > start:
             start, first_chunk = resume.layer_offset, resume.chunk
-        absorber = _Absorber(layer, first_chunk, pieces.first_chunk[stop_piece], start, run.first)
-        arrivals = _Arrivals()
+        absorber = Absorber(layer, first_chunk, pieces.first_chunk[stop_piece], start, run.first)
+        arrivals = Arrivals()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._absorb_all, run, state, absorber, arrivals)
@@ -396,18 +356,22 @@ class Resolver:
         while run.priority is Priority.BACKGROUND and not self._queue.may_background(time.monotonic()):  # noqa: ASYNC110
             await trio.sleep(POLITE_S)
 
-    async def _absorb_all(self, run: Run[str], state: _LayerState, absorber: "_Absorber", arrivals: _Arrivals) -> None:
+    async def _absorb_all(self, run: Run[str], state: _LayerState, absorber: Absorber, arrivals: Arrivals) -> None:
         hold_until = trio.current_time() + HOLD_MOST_S
         while batch := await arrivals.take(1 if run.priority is Priority.DEMAND else CALM_BATCH_BYTES):
             if self._holders and run.priority is not Priority.DEMAND:
                 with trio.move_on_at(hold_until):
                     await self._released.wait()
-            chunks, held = await trio.to_thread.run_sync(absorber.absorb, batch, limiter=self._threads)
-            self.counters.chunks_verified += len(chunks)
-            self._wake(state, chunks)
-            for piece in held:
-                self._queue.advance(run, piece + 1)
-                self._sourcing.piece_held(state.layer, piece)
+            try:
+                await trio.to_thread.run_sync(absorber.absorb, batch, limiter=self._threads)
+            finally:
+                # Also what came before a bad chunk: the next source goes on behind it, and nobody else would wake its readers.
+                chunks, held = absorber.take_done()
+                self.counters.chunks_verified += len(chunks)
+                self._wake(state, chunks)
+                for piece in held:
+                    self._queue.advance(run, piece + 1)
+                    self._sourcing.piece_held(state.layer, piece)
 
     def count(self, kind: str, size: int) -> None:
         """Bytes came from a source of that kind."""
@@ -424,7 +388,7 @@ class Resolver:
         self._wake(state, chunks)
         self._sourcing.piece_held(state.layer, piece)
 
-    def _part_done(self, state: _LayerState, piece: int, found: "_Adopted") -> None:
+    def _part_done(self, state: _LayerState, piece: int, found: Adopted) -> None:
         start, stop = state.layer.pieces.extent(piece)
         self.counters.cache_bytes += (stop if found.resume[0] < 0 else found.resume[0]) - start
         self.counters.chunks_verified += len(found.chunks)
@@ -465,110 +429,9 @@ class Resolver:
         )
 
 
-@attrs.define
-class _Resume:
-    """Where the next source goes on within a run: the member that starts at blob offset `layer_offset` holds `chunk`."""
-
-    layer_offset: int = -1
-    chunk: int = 0
-
-
-class _Absorber:
-    """Takes the bytes of a run as they arrive; runs in worker threads, one call at a time.
-
-    Three copies of a byte are made: the block as it came goes to the blob file (write), the decoder's output is hashed in
-    place and goes to the volume (write).
-    """
-
-    def __init__(
-        self, layer: StoredLayer, first_chunk: int, stop_chunk: int, start: int, first_piece: int, *, write_blob: bool = True
-    ) -> None:
-        self._layer = layer
-        self._decoder = PieceDecoder(layer.chunks, layer.codec, first_chunk, stop_chunk, start)
-        self._next_chunk = first_chunk
-        self._stop_chunk = stop_chunk
-        self._position = start
-        self._piece = first_piece
-        self._write_blob = write_blob
-
-    def absorb(self, batch: Sequence[tuple[int, bytes]]) -> tuple[list[int], list[int]]:
-        """Decode, verify, write. Gives the chunks that are now present and the pieces that are now held.
-
-        Raises:
-            FormatError: the bytes are not what the index promises; nothing of the bad chunk was written to the volume.
-            StoreError: the disk refused.
-        """
-        layer, done, held = self._layer, [], []
-        for offset, block in batch:
-            if offset != self._position:
-                raise FormatError(f"bytes from offset {offset} where {self._position} was due")
-            if self._write_blob:
-                layer.write_blob(offset, block)
-            self._position += len(block)
-            for number, data in self._decoder.feed(block):
-                layer.write_chunk(number, data)
-                done.append(number)
-                self._next_chunk = number + 1
-            while self._piece < len(layer.pieces) and layer.pieces.starts[self._piece + 1] <= self._position:
-                if self._next_chunk < layer.pieces.first_chunk[self._piece + 1]:
-                    raise FormatError(f"piece {self._piece} ended before its last chunk did")
-                layer.mark_piece(self._piece)
-                held.append(self._piece)
-                self._piece += 1
-        return done, held
-
-    def resume_point(self) -> tuple[int, int]:
-        """Blob offset at which to go on, and the first chunk that has not arrived; (-1, 0) if there is none.
-
-        The blob file has everything before that offset, also what lies between two members.
-        """
-        if self._next_chunk >= self._stop_chunk:
-            return -1, 0
-        return min(self._position, self._layer.chunks.blob_offset[self._next_chunk]), self._next_chunk
-
-
-@attrs.frozen
-class _Adopted:
-    """What the blob file gave of a piece: chunks, and where to go on (as `_Absorber.resume_point`)."""
-
-    chunks: list[int]
-    resume: tuple[int, int]
-
-
 def _lacks(layer: StoredLayer, piece: int) -> bool:
     """Whether a piece is worth fetching: a chunk of it is not in the volume."""
     return not all(layer.has_chunk(chunk) for chunk in layer.pieces.chunks_of(piece))
-
-
-def _adopt_from_disk(layer: StoredLayer, piece: int) -> _Adopted:
-    """Decode what the blob file has of a piece: all of it if it is held but was dropped from the volume, or as much from its
-    beginning as an agent had received when it was killed. In a worker thread; marks the piece if it is whole."""
-    start, stop = layer.pieces.extent(piece)
-    was_held = layer.has_piece(piece)
-    chunks = layer.pieces.chunks_of(piece)
-    done: list[int] = []
-    if was_held or layer.blob_has_data(start, stop):
-        absorber = _Absorber(layer, chunks.start, chunks.stop, start, piece, write_blob=False)
-        try:
-            done, _held = absorber.absorb([(start, layer.peek_blob(start, stop))])
-            return _Adopted(done, absorber.resume_point())
-        except (FormatError, StoreError) as exc:
-            if was_held:
-                log.warning("held_piece_was_bad", layer=layer.digest, piece=piece, reason=str(exc))
-                layer.forget_piece(piece)
-    absorber = _Absorber(layer, chunks.start, chunks.stop, start, piece, write_blob=False)
-    at = start
-    try:
-        for number in chunks:
-            end = layer.chunks.blob_offset[number] + layer.chunks.blob_length[number]
-            if end > at:
-                if not layer.blob_has_data(at, end):
-                    break
-                done += absorber.absorb([(at, layer.peek_blob(at, end))])[0]
-                at = end
-    except (FormatError, StoreError) as exc:  # the member that was arriving
-        log.debug("leftover_ends", layer=layer.digest, piece=piece, reason=str(exc))
-    return _Adopted(done, absorber.resume_point())
 
 
 def _narrow(group: BaseExceptionGroup[BaseException], source: Source) -> ShoalError | None:
