@@ -63,13 +63,14 @@ async def test_everybody_gone(small_image: Sequence[Layer], presentation: str) -
             assert [error for error, _took in failed] == [errno.EIO] * 3
             assert max(took for _error, took in failed) < DEADLINE_S + SLACK_S
             lines = node.events("read_deadline_passed")
+            assert (await node.status())["failed_reads"] == len(lines)
+            # The kernel's read-ahead behind the cached files may have been refused too; nobody waited for that.
+            lines = [line for line in lines if line["layer"] == small_image[1].digest]
             assert 3 <= len(lines) <= 6
             for line in lines:
                 assert line["image"].startswith(node.image("small:1"))
-                assert line["layer"] == small_image[1].digest
                 assert line["chunks"]
                 assert line["last_error"]
-            assert (await node.status())["failed_reads"] == len(lines)
 
             # They come back, and so does everything else.
             await fleet.nodes[0].start()
