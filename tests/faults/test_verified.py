@@ -17,6 +17,7 @@ from tests.wire_proxy import Harm
 
 LAZY = ("--no-background-fetch", "--no-prefetch")
 DEADLINE_S = 3
+SLACK_S = 15  # for a machine that is busy; a hang is longer
 
 
 async def good_node(fleet: Fleet, image: Sequence[Layer], *settings: str) -> tuple[AgentNode, Path, Facts]:
@@ -56,7 +57,7 @@ async def test_registry_that_flips_bits_gives_errors_not_bytes(small_image: Sequ
             node.proxy.harm = Harm.FLIP
             error, took = await in_thread(read_errno, root / "part1" / "00007")
             assert (error, node.proxy.harmed > 0) == (errno.EIO, True)
-            assert took < DEADLINE_S + 2
+            assert took < DEADLINE_S + SLACK_S
             assert node.events("registry_sent_wrong_bytes")
             (passed,) = node.events("read_deadline_passed")
             assert passed["image"].startswith(node.image("small:1"))
@@ -191,7 +192,7 @@ async def test_after_an_unclean_boot_flipped_bits_are_found_before_they_are_serv
                 path = root / "part1" / f"{number:05}"
                 error, took = await in_thread(read_errno, path)
                 assert error in (0, errno.EIO)
-                assert took < DEADLINE_S + 2
+                assert took < DEADLINE_S + SLACK_S
                 if error == 0:
                     served += 1
                     assert await in_thread(sha256_of, os.fsencode(path)) == truth[f"/part1/{number:05}"]["sha256"]
