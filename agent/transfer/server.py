@@ -24,6 +24,8 @@ from agent.transfer.http import MAX_HEAD_BYTES, PEERS_HEADER, PING, Request, con
 log = structlog.get_logger()
 
 WRITE_BYTES: Final = 64 << 10
+READ_BYTES: Final = 512 << 10
+"""What is read at once: a read is a hop to a thread and back, which costs as much as writing 64 KiB."""
 STALL_S: Final = 15
 KEEP_ALIVE_S: Final = 120
 """Peers keep connections open to save the TLS handshake (2 round trips and about 1 ms of CPU on each side)."""
@@ -50,7 +52,7 @@ class BlobReader(Protocol):
         """Whether all of [start, stop) is held now."""
 
     async def read_range(self, blob: Digest, start: int, stop: int) -> bytes | None:
-        """The bytes; None if they are not (any more) all held. At most `WRITE_BYTES` are asked at a time."""
+        """The bytes; None if they are not (any more) all held. At most `READ_BYTES` are asked at a time."""
 
 
 class DataServer:
@@ -122,7 +124,7 @@ class DataServer:
 
     async def _upload(self, request: Request, stop: int, size: int, send: _Send) -> None:
         at = request.start
-        data = await self._reader.read_range(request.blob, at, min(stop, at + WRITE_BYTES))
+        data = await self._reader.read_range(request.blob, at, min(stop, at + READ_BYTES))
         if data is None:
             await _answer(send, 416, [(b"content-range", f"bytes */{size}".encode())])
             return
@@ -133,16 +135,18 @@ class DataServer:
         ]
         await send({"type": "http.response.start", "status": 206, "headers": headers})
         while True:
-            if data is None or len(data) != min(stop - at, WRITE_BYTES):
+            if data is None or len(data) != min(stop - at, READ_BYTES):
                 log.info("upload_cut_short", blob=request.blob, offset=at)  # evicted meanwhile
                 raise _Aborted
-            at += len(data)
-            await send({"type": "http.response.body", "body": data, "more_body": at < stop})
-            self.served_bytes += len(data)
+            for start in range(0, len(data), WRITE_BYTES):
+                part = data[start : start + WRITE_BYTES]
+                at += len(part)
+                await send({"type": "http.response.body", "body": part, "more_body": at < stop})
+                self.served_bytes += len(part)
+                await trio.lowlevel.checkpoint()
             if at >= stop:
                 break
-            await trio.lowlevel.checkpoint()
-            data = await self._reader.read_range(request.blob, at, min(stop, at + WRITE_BYTES))
+            data = await self._reader.read_range(request.blob, at, min(stop, at + READ_BYTES))
         log.debug("upload_done", blob=request.blob, start=request.start, stop=stop)
 
 

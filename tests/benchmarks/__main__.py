@@ -29,6 +29,9 @@ ESGZ, GZIP = "sample:esgz", "sample:gzip"
 # Timed inside the container: starting one costs the same everywhere and would only blur the ratio.
 WALK = ("find", "/", "-xdev", "-ls")
 READ = ("find", "/", "-xdev", "-type", "f", "-exec", "cat", "{}", "+")
+SETTLE_S = 3.0
+"""Agents run long before somebody pulls: joining the fleet is over by then, and is not what is measured."""
+
 TIMER = """
 import subprocess, sys, time
 began = time.perf_counter()
@@ -88,7 +91,7 @@ class Bench:
         return self.rows[-1]
 
     async def fresh(self, name: str, *, with_agent: bool = True, bootstrap: tuple[str, ...] = ()) -> Node:
-        """A node as new: nothing on its disk, nothing of it in the machine's caches.
+        """A node as new: nothing on its disk, nothing of it in the machine's caches; its agent has been up for `SETTLE_S`.
 
         The registry's files and those of a peer are in the page cache: they stand for other machines, which are not measured.
         """
@@ -100,6 +103,8 @@ class Bench:
             await node.start_containerd()
             if with_agent:
                 await node.start_agent(secret=self.lab.secret, bootstrap=bootstrap, extra=self.options.agent_flags)
+        if with_agent:
+            await trio.sleep(SETTLE_S)
         await trio.to_thread.run_sync(drop_caches)
         for folder in (
             self.lab.registry.folder,
