@@ -58,16 +58,12 @@ ANSWER_S: Final = 0.1
 
 MAX_OPEN_FILES: Final = 65536
 PIN_OWNER: Final = "containerd"
-SWITCH_S: Final = 0.001
-"""How long a worker thread may keep the interpreter when the event loop wants it. Python's 5 ms made every answer to containerd
-and fsmount 5 ms late while an index was built."""
 TRIM_INTERVAL_S: Final = 1.0
 
 
 def run_agent(settings: Settings, *, version: str) -> int:
     """Run until SIGTERM or SIGINT; gives the exit code."""
     set_up_logging(settings.log_level, settings.log_format)
-    sys.setswitchinterval(SWITCH_S)
     try:
         trio.run(_run, settings, version)
     except BaseExceptionGroup as group:
@@ -402,14 +398,14 @@ async def _serve(settings: Settings, version: str) -> None:
 
 
 async def _keep_small(resolver: Resolver) -> None:
-    """Give memory back after start-up, and while and after much is fetched."""
+    """Give memory back after start-up and after each burst of fetching."""
     gc.collect()
     gc.freeze()  # modules stay for ever: no later collection need look at them
     trimmed_at = -1
     while True:
         await trio.sleep(TRIM_INTERVAL_S)
         verified = resolver.counters.chunks_verified
-        if verified != trimmed_at:
+        if verified != trimmed_at and not resolver.is_busy():
             await trio.to_thread.run_sync(trim_malloc)
             trimmed_at = verified
 

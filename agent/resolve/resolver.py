@@ -80,7 +80,7 @@ class Resolver:
         self.counters = counters
         self._states: dict[str, _LayerState] = {}
         self._queue: PieceQueue[str] = PieceQueue(self._is_wanted, lambda name: len(self._states[name].layer.pieces), LIMITS)
-        self._threads = trio.CapacityLimiter(3)
+        self._threads = trio.CapacityLimiter(2)
         self._refetching: set[tuple[str, int]] = set()
         self._piece_ended = trio.Event()
         self._holders = 0
