@@ -6,11 +6,9 @@ on reading what is here, and the next agent takes over.
 """
 
 import gc
-import logging
 import os
 import resource
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -419,11 +417,3 @@ async def _take_over(link: Link, store: Store, resolver: Resolver, sources: Node
             continue
         resolver.add_layer(layer, str(layer.extra.get("image", layer.digest)))
         await sources.announce(layer)
-
-
-def main() -> None:
-    """For `python -m agent.app`: run with the environment's settings."""
-    from agent.config import load_settings  # noqa: PLC0415
-
-    logging.captureWarnings(capture=True)
-    sys.exit(run_agent(load_settings({}, os.environ), version="unknown"))
