@@ -54,16 +54,20 @@ class ImageCommands:
         began = time.monotonic()
         image = ImageReference.parse(str(args["image"]))
         namespace = str(args.get("namespace") or "default")
-        resolved, config, diff_ids = await self._resolve(image)
-        chain = list(zip(resolved.layers, diff_ids, strict=True))
+        resolved = await self._manifest(image)
         pinned = attrs.evolve(image, digest=resolved.digest)
-        # containerd asks for the layers one after another; by then each is on its way, so that both go on at once.
         prepared: list[PreparedLayer] = []
 
         async def prepare() -> None:
             prepared.extend(await self._prepare_all(pinned, resolved, emit))
 
-        await together(prepare, lambda: self.containerd.pull_image(namespace, image, resolved, config, chain))
+        async def tell_containerd() -> None:
+            config, diff_ids = await self._config(image, resolved)
+            chain = list(zip(resolved.layers, diff_ids, strict=True))
+            await self.containerd.pull_image(namespace, image, resolved, config, chain)
+
+        # containerd asks for the layers one after another; by then each is on its way, so that both go on at once.
+        await together(prepare, tell_containerd)
         return {
             "image": str(image),
             "digest": resolved.digest,
@@ -124,8 +128,8 @@ class ImageCommands:
         await self.records.keep_image(image, resolved)
         return resolved
 
-    async def _resolve(self, image: ImageReference) -> tuple[ResolvedManifest, bytes, list[str]]:
-        resolved = await self._manifest(image)
+    async def _config(self, image: ImageReference, resolved: ResolvedManifest) -> tuple[bytes, list[str]]:
+        """The image's configuration, from a peer or the registry, and the diff IDs that it names."""
         config = self.records.get(resolved.config.digest)
         if config is None:
             config = await self.records.fetch(resolved.config.digest, self.swarm, self.peers)
@@ -141,7 +145,7 @@ class ImageCommands:
             raise FormatError(f"the configuration of {image} names no layers") from exc
         if len(diff_ids) != len(resolved.layers):
             raise FormatError(f"{image} has {len(resolved.layers)} layers, but its configuration names {len(diff_ids)}")
-        return resolved, config, diff_ids
+        return config, diff_ids
 
     async def _prepare_all(self, image: ImageReference, resolved: ResolvedManifest, emit: Emit) -> list[PreparedLayer]:
         if not resolved.layers:
