@@ -173,7 +173,7 @@ class Layers:
         for warning in index.warnings[:5]:
             log.warning("layer_entry_changed", layer=digest, image=str(image), reason=warning)
         extra: dict[str, str | int] = {"image": str(image), "format": index.format, "toc_digest": toc_digest}
-        stored = await self._store.create_layer(digest, index, bytes(meta), extra)
+        stored = await self._store.create_layer(digest, index, meta, extra)
         if index.pieces.index_piece >= 0 and index_bytes:
             await trio.to_thread.run_sync(_keep_index, stored, index_start, index_bytes, limiter=self._cpu)
         return stored
