@@ -14,11 +14,12 @@ def round_up(size: int) -> int:
     return -(-size // BLOCK_SIZE) * BLOCK_SIZE
 
 
-def lay_out(files: Sequence[Inode], chunks: ChunkTable) -> int:
+def lay_out(files: Sequence[Inode], chunks: ChunkTable, file_offset: Sequence[int] | None = None) -> int:
     """Give every file its extent and every chunk its place; returns the volume's size, whole blocks.
 
-    `files` are the non-empty files in blob order, each once, with chunks that follow one another without gaps. A file whose
-    chunks all have the digests and sizes of an earlier one's gets that one's extent.
+    `files` are the non-empty files in blob order, each once, with chunks that follow one another without gaps, or lie at
+    `file_offset[chunk]` of their file where a format has holes. A file whose chunks all have the digests, sizes and offsets of an
+    earlier one's gets that one's extent.
 
     Raises:
         FormatError: the volume would be larger than a file system can address.
@@ -30,9 +31,14 @@ def lay_out(files: Sequence[Inode], chunks: ChunkTable) -> int:
         first, count = inode.first_chunk, inode.chunk_count
         stop = first + count
         key = digests[32 * first : 32 * stop] + sizes[first:stop].tobytes()
+        if file_offset is not None:
+            key += repr((inode.size, file_offset[first:stop])).encode()
         start = known.setdefault(key, end)
         inode.volume_offset = start
-        if count == 1:
+        if file_offset is not None:
+            for number in range(first, stop):
+                places[number] = start + file_offset[number]
+        elif count == 1:
             places[first] = start
         else:
             at = start

@@ -5,9 +5,12 @@ blob order, and the cut of the blob into pieces. Nothing here does I/O and nothi
 a layer had.
 
 Volume layout. A layer's uncompressed file data lie in one flat volume. Each non-empty file has one extent there,
-`[Inode.volume_offset, Inode.volume_offset + size)`, starting on a 4 KiB boundary; its chunks follow one another inside it at
-their file offsets. Files with equal content share one extent. Primary chunks (those whose place no earlier chunk of the blob
-has) have ascending `volume_offset` in blob order, so a place in the volume is found by bisection.
+`[Inode.volume_offset, Inode.volume_offset + size)`, starting on a 4 KiB boundary; its chunks lie inside it at their file
+offsets. Files with equal content share one extent. A chunk that several files use at different places has one row for each
+place; rows are in blob order, and a *primary* chunk is the first row of its place in the volume.
+
+The blob of a layer may be *spliced*: a format that spreads one tree over several blobs of a repository (nydus) sees them as
+one, one behind the other, and `LayerIndex.parts` says which they are. Everything but the registry's end knows that blob alone.
 
 Tree rules that every parser guarantees: names are non-empty bytes of at most 255 without "/" or NUL and never "." or "..";
 parents are always present; duplicates are already resolved (last wins, directory over directory merges); a hard link is the
@@ -20,12 +23,15 @@ import re
 import struct
 import sys
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import Final, NewType, Self
+from itertools import pairwise
+from operator import itemgetter
+from typing import Final, Literal, NewType, Self
 
 import attrs
+import blake3
 
 from fsmount.errors import ShoalError
 
@@ -37,6 +43,9 @@ MAX_INDEX_BYTES: Final = 150 << 20
 
 MAX_CHUNK_BYTES: Final = 64 << 20
 """Cap on one chunk's uncompressed size: a chunk is decoded in memory, and no writer of the field makes more than 16 MiB."""
+
+Digester = Literal["sha256", "blake3"]
+"""How the uncompressed bytes of chunks are hashed; both give 32 bytes."""
 
 Digest = NewType("Digest", str)
 """`sha256:<64 hex>`: the identity of a blob or of a chunk."""
@@ -64,6 +73,11 @@ def digest_of(data: bytes | bytearray | memoryview) -> Digest:
     return Digest("sha256:" + hashlib.sha256(data).hexdigest())
 
 
+def hash_chunk(digester: Digester, data: bytes | bytearray | memoryview) -> bytes:
+    """Raw digest (32 bytes) of a chunk's uncompressed bytes."""
+    return hashlib.sha256(data).digest() if digester == "sha256" else blake3.blake3(data).digest()
+
+
 class InodeKind(IntEnum):
     """What an inode is; the numbers are EROFS directory entry types."""
 
@@ -80,9 +94,9 @@ class InodeKind(IntEnum):
 class Inode:
     """One inode of a layer. `mode` is permission bits only (07777); `mtime_ns` may be negative.
 
-    `children` is used by directories, `target` by symlinks, `rdev` (major, minor) by devices. A file's chunks are
-    `chunks[first_chunk:first_chunk + chunk_count]` of the layer's table, in file order and without gaps except for holes
-    (bytes covered by no chunk read as zeros); `volume_offset` is -1 until the layout is made and for files without data.
+    `children` is used by directories, `target` by symlinks, `rdev` (major, minor) by devices. `volume_offset` is -1 until the
+    layout is made and for files without data; bytes of a file that no chunk covers read as zeros. `first_chunk` and
+    `chunk_count` are notes of a parser to `layout.lay_out` and mean nothing afterwards.
     """
 
     kind: InodeKind
@@ -114,7 +128,9 @@ class Chunk:
     digest: bytes
 
 
-_CHUNKS_MAGIC: Final = b"SHOALCH1"
+_CHUNKS_MAGIC: Final = b"SHOALCH2"
+_DIGESTERS: Final[tuple[Digester, ...]] = ("sha256", "blake3")
+_MEMBERS_MAGIC: Final = b"SHOALMB1"
 _LITTLE: Final = sys.byteorder == "little"
 
 
@@ -123,10 +139,12 @@ class ChunkTable:
 
     Columns, indexed by chunk number: `blob_offset` of the compressed member that holds the chunk, `blob_length` of that whole
     member, `inner_offset` bytes to skip after decompressing it, `size` uncompressed, `volume_offset` where the chunk lies in
-    the volume. Digest number i is `digests[32 * i:32 * i + 32]` (SHA-256, raw). Several chunks may share a member.
+    the volume. Digest number i is `digests[32 * i:32 * i + 32]` (raw, of the table's `digester`). Several chunks may share a
+    member, and several rows may have the same bytes of it (for several places in the volume). Rows ascend by (blob_offset,
+    inner_offset).
 
-    On disk (`to_bytes`): magic `SHOALCH1`, u64 count, then the columns in the order above (u64, u32, u32, u32, u64), then
-    the digests; little-endian, each column starting right behind the one before.
+    On disk (`to_bytes`): magic `SHOALCH2`, u64 count, u64 digester (0 sha256, 1 blake3), then the columns in the order above
+    (u64, u32, u32, u32, u64), then the digests; little-endian, each column starting right behind the one before.
     """
 
     __slots__ = (
@@ -134,13 +152,15 @@ class ChunkTable:
         "_primary_offsets",
         "blob_length",
         "blob_offset",
+        "digester",
         "digests",
         "inner_offset",
         "size",
         "volume_offset",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, digester: Digester = "sha256") -> None:
+        self.digester: Digester = digester
         self.blob_offset = array("Q")
         self.blob_length = array("I")
         self.inner_offset = array("I")
@@ -165,8 +185,12 @@ class ChunkTable:
         )
 
     def digest(self, number: int) -> bytes:
-        """Raw SHA-256 of the chunk's uncompressed bytes."""
+        """Raw digest of the chunk's uncompressed bytes."""
         return bytes(self.digests[32 * number : 32 * number + 32])
+
+    def is_right(self, number: int, data: bytes | bytearray | memoryview) -> bool:
+        """Whether `data` are the chunk's bytes, by its digest."""
+        return hash_chunk(self.digester, data) == self.digests[32 * number : 32 * number + 32]
 
     def append(self, blob_offset: int, blob_length: int, inner_offset: int, size: int, digest: bytes) -> int:
         """Add a chunk behind the last one; gives its number. Its volume offset is set by the layout."""
@@ -178,10 +202,17 @@ class ChunkTable:
         self.digests += digest
         return len(self.size) - 1
 
+    def by_place(self) -> "list[tuple[int, int]]":
+        """(number, volume offset) of all rows, by place in the volume; of one place the lowest number first."""
+        rows = list(enumerate(self.volume_offset))
+        if any(a > b for a, b in pairwise(self.volume_offset)):
+            rows.sort(key=itemgetter(1))  # stable
+        return rows
+
     def _primaries(self) -> tuple["array[int]", "array[int]"]:
         if self._primary_offsets is None or self._primary_chunks is None:
             offsets, chunks, top = array("Q"), array("I"), -1
-            for number, offset in enumerate(self.volume_offset):
+            for number, offset in self.by_place():
                 if offset > top:
                     offsets.append(offset)
                     chunks.append(number)
@@ -212,7 +243,8 @@ class ChunkTable:
             columns = tuple(array(c.typecode, c) for c in columns)
             for column in columns:
                 column.byteswap()
-        return b"".join([_CHUNKS_MAGIC, struct.pack("<Q", len(self)), *(c.tobytes() for c in columns), bytes(self.digests)])
+        head = struct.pack("<QQ", len(self), _DIGESTERS.index(self.digester))
+        return b"".join([_CHUNKS_MAGIC, head, *(c.tobytes() for c in columns), bytes(self.digests)])
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview) -> Self:
@@ -222,12 +254,12 @@ class ChunkTable:
             FormatError: wrong magic or length.
         """
         view = memoryview(data)
-        if len(view) < 16 or bytes(view[:8]) != _CHUNKS_MAGIC:
+        if len(view) < 24 or bytes(view[:8]) != _CHUNKS_MAGIC:
             raise FormatError("not a Shoal chunk table")
-        (count,) = struct.unpack_from("<Q", view, 8)
-        if len(view) != 16 + 60 * count:
-            raise FormatError(f"chunk table of {count} chunks has {len(view)} bytes, not {16 + 60 * count}")
-        table, at = cls(), 16
+        count, digester = struct.unpack_from("<QQ", view, 8)
+        if len(view) != 24 + 60 * count or digester >= len(_DIGESTERS):
+            raise FormatError(f"chunk table of {count} chunks and digester {digester} has {len(view)} bytes")
+        table, at = cls(_DIGESTERS[digester]), 24
         for column in (table.blob_offset, table.blob_length, table.inner_offset, table.size, table.volume_offset):
             column.frombytes(view[at : at + count * column.itemsize])
             if not _LITTLE:
@@ -237,18 +269,26 @@ class ChunkTable:
         return table
 
 
+_UNKNOWN: Final = bytes(32)
+
+
 @attrs.frozen
 class PieceTable:
     """The cut of a blob into pieces: piece i is blob bytes [starts[i], starts[i + 1]) and holds the chunks
     [first_chunk[i], first_chunk[i + 1]); both arrays have one element more than there are pieces.
 
     The pieces cover the whole blob. `index_piece` is the number of the piece that holds the layer's index (TOC and
-    footer), -1 if the index is elsewhere; it holds no chunks and is verified by the TOC digest.
+    footer), -1 if the index is elsewhere; it holds no chunks.
+
+    `digests` is empty, or has the SHA-256 of every piece's compressed bytes (32 each; all zeros: not known). A piece with a
+    digest is verified by it as a whole before anything of it is decoded: for formats that leave bytes between the chunks
+    unvouched for, or have no chunk digests.
     """
 
     starts: "array[int]"
     first_chunk: "array[int]"
     index_piece: int = -1
+    digests: bytes = b""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -266,6 +306,11 @@ class PieceTable:
         """Numbers of the chunks in the piece."""
         return range(self.first_chunk[piece], self.first_chunk[piece + 1])
 
+    def digest(self, piece: int) -> bytes:
+        """Raw SHA-256 of the piece's compressed bytes; empty if nobody has said."""
+        digest = self.digests[32 * piece : 32 * piece + 32]
+        return digest if digest != _UNKNOWN else b""
+
     def piece_of_chunk(self, chunk: int) -> int:
         """Number of the piece that holds the chunk."""
         return bisect_right(self.first_chunk, chunk) - 1
@@ -277,12 +322,14 @@ class PieceTable:
         return range(max(0, bisect_right(self.starts, start) - 1), min(len(self), bisect_right(self.starts, stop - 1)))
 
     def to_bytes(self) -> bytes:
-        """On-disk form: magic `SHOALPC1`, u64 count of pieces, i64 index piece, u64 starts, u32 first chunks; little-endian."""
+        """On-disk form: magic `SHOALPC2`, u64 count of pieces, i64 index piece, u64 starts, u32 first chunks, digests;
+        little-endian."""
         starts, first = array("Q", self.starts), array("I", self.first_chunk)
         if not _LITTLE:
             starts.byteswap()
             first.byteswap()
-        return b"".join([b"SHOALPC1", struct.pack("<Qq", len(self), self.index_piece), starts.tobytes(), first.tobytes()])
+        head = struct.pack("<Qq", len(self), self.index_piece)
+        return b"".join([b"SHOALPC2", head, starts.tobytes(), first.tobytes(), self.digests])
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview) -> Self:
@@ -292,27 +339,127 @@ class PieceTable:
             FormatError: wrong magic or length.
         """
         view = memoryview(data)
-        if len(view) < 24 or bytes(view[:8]) != b"SHOALPC1":
+        if len(view) < 24 or bytes(view[:8]) != b"SHOALPC2":
             raise FormatError("not a Shoal piece table")
         count, index_piece = struct.unpack_from("<Qq", view, 8)
-        if len(view) != 24 + 12 * (count + 1):
+        columns = 24 + 12 * (count + 1)
+        if len(view) not in (columns, columns + 32 * count):
             raise FormatError(f"piece table of {count} pieces has {len(view)} bytes")
         starts, first = array("Q"), array("I")
         starts.frombytes(view[24 : 24 + 8 * (count + 1)])
-        first.frombytes(view[24 + 8 * (count + 1) :])
+        first.frombytes(view[24 + 8 * (count + 1) : columns])
         if not _LITTLE:
             starts.byteswap()
             first.byteswap()
-        return cls(starts, first, index_piece)
+        return cls(starts, first, index_piece, bytes(view[columns:]))
+
+
+class MemberTable:
+    """What must be known of members beyond their bytes, for formats where the bytes alone do not tell how to decode them.
+
+    Columns, ascending by `blob_offset`: `blob_offset` of a member, `size` of it uncompressed (0: not known), `bits` (0 to 7) and
+    `prime`: that many high bits of byte `prime` come before the member's first byte (a deflate stream resumed at a checkpoint,
+    formats.md 5.1), and window i, the up to 32 KiB of output before it, is `windows[window_end[i - 1]:window_end[i]]`.
+
+    On disk (`to_bytes`): magic `SHOALMB1`, u64 count, then the columns (u64, u64, u8, u8, u64), then the windows.
+    """
+
+    __slots__ = ("bits", "blob_offset", "prime", "size", "window_end", "windows")
+
+    def __init__(self) -> None:
+        self.blob_offset = array("Q")
+        self.size = array("Q")
+        self.bits = array("B")
+        self.prime = array("B")
+        self.window_end = array("Q")
+        self.windows: bytearray | memoryview = bytearray()
+
+    def __len__(self) -> int:
+        return len(self.blob_offset)
+
+    def append(self, blob_offset: int, size: int = 0, bits: int = 0, prime: int = 0, window: bytes | memoryview = b"") -> None:
+        """Add a member behind the last one."""
+        assert isinstance(self.windows, bytearray)
+        self.blob_offset.append(blob_offset)
+        self.size.append(size)
+        self.bits.append(bits)
+        self.prime.append(prime)
+        self.windows += window
+        self.window_end.append(len(self.windows))
+
+    def find(self, blob_offset: int) -> int:
+        """Row of the member that begins at `blob_offset`, -1 if there is none."""
+        at = bisect_left(self.blob_offset, blob_offset)
+        return at if at < len(self) and self.blob_offset[at] == blob_offset else -1
+
+    def window(self, row: int) -> bytes:
+        """The output before a member."""
+        return bytes(self.windows[self.window_end[row - 1] if row else 0 : self.window_end[row]])
+
+    def to_bytes(self) -> bytes:
+        """The on-disk form described above."""
+        columns: tuple[array[int], ...] = (self.blob_offset, self.size, self.bits, self.prime, self.window_end)
+        if not _LITTLE:
+            columns = tuple(array(c.typecode, c) for c in columns)
+            for column in columns:
+                column.byteswap()
+        return b"".join([_MEMBERS_MAGIC, struct.pack("<Q", len(self)), *(c.tobytes() for c in columns), self.windows])
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview) -> Self:
+        """Read the on-disk form. The windows stay a view of `data`, which may be a mapped file.
+
+        Raises:
+            FormatError: wrong magic, length or order.
+        """
+        view = memoryview(data)
+        if len(view) < 16 or bytes(view[:8]) != _MEMBERS_MAGIC:
+            raise FormatError("not a Shoal member table")
+        (count,) = struct.unpack_from("<Q", view, 8)
+        if len(view) < 16 + 26 * count:
+            raise FormatError(f"member table of {count} members has {len(view)} bytes")
+        table, at = cls(), 16
+        for column in (table.blob_offset, table.size, table.bits, table.prime, table.window_end):
+            column.frombytes(view[at : at + count * column.itemsize])
+            if not _LITTLE:
+                column.byteswap()
+            at += count * column.itemsize
+        table.windows = view[at:]
+        ends = table.window_end
+        if (
+            any(a >= b for a, b in pairwise(table.blob_offset))
+            or any(not 0 <= b - a <= 1 << 15 for a, b in pairwise([0, *ends]))
+            or any(bits > 7 for bits in table.bits)
+            or (ends[-1] if count else 0) != len(table.windows)
+        ):
+            raise FormatError("the member table contradicts itself")
+        return table
+
+
+@attrs.frozen
+class BlobPart:
+    """One of the registry's blobs that make up a spliced blob."""
+
+    digest: Digest
+    size: int
 
 
 @attrs.frozen
 class LayerIndex:
     """What a format's TOC or bootstrap says, in one shape for all formats.
 
-    `codec` tells how a member is decoded ("gzip": one gzip member; "zstd": one frame; "raw": stored as is; "whole": no
-    random access, the blob is read from its start). `prefetch_stop` is the blob offset before which everything is wanted
-    at start (landmark), 0 for nothing, -1 for no hint. `warnings` are one sentence each (dropped xattrs, clamped names).
+    `codec` tells how a member is decoded:
+
+    - "gzip": gzip members; "zstd": one frame. The extent of a member may reach beyond its end.
+    - "zstd/raw", "lz4/raw" (block), "gzip/raw": the member fills its extent exactly; one of which the extent is as long as the
+      member uncompressed is stored as is. Uncompressed it has the size that `members` says, else that of its one chunk.
+    - "raw": stored as is.
+    - "deflate": resumed in the middle of a stream with what `members` says; the extent may reach beyond the last chunk.
+    - "whole": no random access, the blob is read from its start.
+
+    `prefetch_stop` is the blob offset before which everything is wanted at start (landmark), 0 for nothing, -1 for no hint;
+    `prefetch_pieces` are wanted before that, in this order. `warnings` are one sentence each (dropped xattrs, clamped names).
+    `parts`: see the module's text; empty for a blob that is one in the registry too.
     """
 
     format: str
@@ -324,3 +471,6 @@ class LayerIndex:
     entry_count: int
     prefetch_stop: int = -1
     warnings: tuple[str, ...] = ()
+    members: MemberTable | None = None
+    prefetch_pieces: tuple[int, ...] = ()
+    parts: tuple[BlobPart, ...] = ()

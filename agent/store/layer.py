@@ -170,7 +170,7 @@ class StoredLayer:
             if not is_here and not self._presence.is_doubtful(number):
                 return False
             try:
-                is_good = hashlib.sha256(self._read_place(number)).digest() == self.chunks.digest(number)
+                is_good = self.chunks.is_right(number, self._read_place(number))
             except OSError:  # a bad sector is as good as wrong bytes: both are fetched again
                 is_good = False
             if not is_good:
@@ -187,7 +187,7 @@ class StoredLayer:
             StoreError: the disk refused.
         """
         data = source.read_chunk(source_number)
-        if hashlib.sha256(data).digest() != self.chunks.digest(number):
+        if not self.chunks.is_right(number, data):
             return False
         self.write_chunk(number, data)
         return True

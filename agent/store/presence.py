@@ -35,21 +35,18 @@ def find_firsts(chunks: ChunkTable, volume_size: int) -> "array[int] | None":
     Raises:
         FormatError: chunks overlap, are empty, differ at one place, or lie outside the volume.
     """
-    offsets, sizes = chunks.volume_offset, chunks.size
+    sizes = chunks.size
     firsts = array("I", range(len(chunks)))
     has_duplicates = False
-    by_place: dict[int, int] = {}
-    top = 0
-    for number, offset in enumerate(offsets):
+    first = top = 0
+    for number, offset in chunks.by_place():
         if offset >= top:
             size = sizes[number]
             if size == 0 or offset + size > volume_size:
                 raise FormatError(f"chunk {number} lies at {offset}+{size} of a volume of {volume_size} bytes")
-            by_place[offset] = number
-            top = offset + size
+            first, top = number, offset + size
             continue
-        first = by_place.get(offset, -1)
-        if first < 0 or sizes[first] != sizes[number] or chunks.digest(first) != chunks.digest(number):
+        if top - sizes[first] != offset or sizes[first] != sizes[number] or chunks.digest(first) != chunks.digest(number):
             raise FormatError(f"chunk {number} overlaps another in the volume without being equal to it")
         firsts[number] = first
         has_duplicates = True

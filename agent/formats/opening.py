@@ -1,0 +1,76 @@
+"""How the index of a layer is read, whatever its format: the conversation between a format and whoever can do I/O.
+
+A format is a module with a `Format` in it. `read_index` is a generator: it yields what it wants to know (`Want`), is sent the
+bytes, and returns the `LayerIndex`. So formats stay pure, and fetching from peers, retries and threads are written once, in
+`agent.images`. `catalogue.find_format` says which format a layer has.
+"""
+
+from collections.abc import Generator, Mapping
+from typing import Protocol
+
+import attrs
+
+from agent.formats.model import Digest, LayerIndex
+
+
+@attrs.frozen
+class LayerFacts:
+    """What is known of a layer before anything of it is read.
+
+    `siblings` are all layers of the image's manifest, lowest first, this one included, each without siblings of its own; empty
+    if the manifest is not known. `manifest_annotations` are those of the manifest itself. `diff_id` is empty if not known.
+    """
+
+    digest: Digest
+    size: int
+    media_type: str = ""
+    annotations: Mapping[str, str] = attrs.field(factory=dict)
+    siblings: tuple["LayerFacts", ...] = ()
+    manifest_annotations: Mapping[str, str] = attrs.field(factory=dict)
+    diff_id: str = ""
+
+
+@attrs.frozen
+class BlobRange:
+    """Bytes [start, stop) of a blob of the image's repository; `blob` empty means the layer's own."""
+
+    start: int
+    stop: int
+    blob: Digest = Digest("")
+    blob_size: int = 0
+
+
+@attrs.frozen
+class ManifestBytes:
+    """A manifest of the same repository, by its digest; the answer is verified, and empty if there is none."""
+
+    digest: Digest
+
+
+@attrs.frozen
+class AttachedBlob:
+    """The first layer of which `annotation` is `value` in another image: the one whose tag is this image's with `tag_suffix`.
+
+    The answer is the whole blob, verified by its own digest; empty if there is no such image or layer.
+    """
+
+    tag_suffix: str
+    annotation: str
+    value: str
+
+
+Want = BlobRange | ManifestBytes | AttachedBlob
+IndexReader = Generator[Want, bytes, LayerIndex]
+"""Raises FormatError when the bytes are not what the format promises."""
+
+
+class Format(Protocol):
+    """The one entry point of a format's module."""
+
+    name: str
+
+    def recognises(self, facts: LayerFacts) -> bool:
+        """Whether the layer claims to be of this format, and is vouched for by the manifest as the format demands."""
+
+    def read_index(self, facts: LayerFacts) -> IndexReader:
+        """Read the layer's index. May compute for long between two wants: run it in a worker thread."""
