@@ -31,10 +31,15 @@ from agent.formats.model import (
     InodeKind,
     LayerIndex,
     digest_of,
+    parse_digest,
 )
+from agent.formats.opening import AttachedBlob, BlobRange, IndexReader, LayerFacts
 from agent.formats.pieces import cut_pieces
 from agent.formats.tree import TreeBuilder, check_xattrs, walk
 
+TOC_DIGEST: Final = "containerd.io/snapshot/stargz/toc.digest"
+LAYER_DIGEST: Final = "containerd.io/snapshot/stargz/layer.digest"
+EXTERNAL_TOC_SUFFIX: Final = "-esgztoc"
 TOC_NAME: Final = "stargz.index.json"
 PREFETCH_LANDMARK: Final = ".prefetch.landmark"
 NO_PREFETCH_LANDMARK: Final = ".no.prefetch.landmark"
@@ -438,3 +443,38 @@ def _parse_time(text: str) -> int:
         shift = int(match[9]) * 3600 + int(match[10]) * 60
         seconds -= shift if match[8] == "+" else -shift
     return seconds * 1_000_000_000 + int((match[7] or "").ljust(9, "0")[:9])
+
+
+class EstargzFormat:
+    """eStargz as `agent.formats.catalogue` lists it."""
+
+    name = "estargz"
+
+    def recognises(self, facts: LayerFacts) -> bool:
+        """The manifest names the digest of a TOC, and no other format's."""
+        return TOC_DIGEST in facts.annotations and not any("zstd-chunked" in key for key in facts.annotations)
+
+    def read_index(self, facts: LayerFacts) -> IndexReader:
+        """Footer, then TOC; the TOC from its own image if the footer says so."""
+        toc_digest = parse_digest(facts.annotations[TOC_DIGEST])
+        start = max(0, facts.size - TAIL_GUESS(facts.size))
+        tail = yield BlobRange(start, facts.size)
+        footer = parse_footer(tail, facts.size)
+        if footer is None:
+            raise FormatError("the manifest names a TOC digest, but the blob does not end in an eStargz footer")
+        if footer.toc_offset == EXTERNAL:
+            raw = yield AttachedBlob(EXTERNAL_TOC_SUFFIX, LAYER_DIGEST, facts.digest)
+            if not raw:
+                raise FormatError(f"no image with {EXTERNAL_TOC_SUFFIX} behind its tag has the TOC of layer {facts.digest}")
+            toc_start = facts.size
+        else:
+            toc_start = footer.toc_offset
+            if toc_start < start:
+                tail = (yield BlobRange(toc_start, start)) + tail
+                start = toc_start
+            raw = tail[toc_start - start : facts.size - start - footer.footer_size]
+        toc = unpack_toc(raw, toc_digest)
+        return parse_toc(toc, blob_size=facts.size, toc_offset=toc_start, toc_digest=toc_digest)
+
+
+FORMAT: Final = EstargzFormat()
