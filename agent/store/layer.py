@@ -45,7 +45,8 @@ class StoredLayer:
         self.blob_size, self.volume_size = header.blob_size, header.volume_size
         self.prefetch_stop, self.entry_count = header.prefetch_stop, header.entry_count
         self.extra = header.extra
-        self.chunks, self.pieces = opened.chunks, opened.pieces
+        self.chunks, self.pieces, self.members = opened.chunks, opened.pieces, opened.members
+        self.prefetch_pieces, self.parts = header.prefetch_pieces, header.parts
         paths = LayerPaths.of(root)
         self.root = root
         self.data_path, self.blob_path, self.blocks_path, self.image_path = paths.data, paths.blob, paths.block_map, paths.image

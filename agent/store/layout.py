@@ -2,8 +2,9 @@
 
 `layers/<64 hex digits>/` holds::
 
-    header        msgpack map, see `Header`; its `version` is 1
+    header        msgpack map, see `Header`; its `version` is 2
     chunks.table  ChunkTable.to_bytes        pieces.table  PieceTable.to_bytes
+    members.table MemberTable.to_bytes, only if the format has one
     meta.erofs    metadata image
     data          the volume, sparse         blob          the compressed bytes, sparse
     blocks.map    what fsmount may serve     chunks.map    chunks that are here     pieces.map    pieces that are held
@@ -16,28 +17,44 @@ tables and of the metadata image: after a power cut, what a file system lost beh
 
 import contextlib
 import hashlib
+import mmap
 import os
 import shutil
 import struct
 import time
 import zlib
-from itertools import pairwise
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Final, Self
 
 import attrs
 import msgpack
 
-from agent.formats.model import BLOCK_SIZE, ChunkTable, Digest, FormatError, LayerIndex, PieceTable, parse_digest
+from agent.formats.model import (
+    BLOCK_SIZE,
+    BlobPart,
+    ChunkTable,
+    Digest,
+    FormatError,
+    LayerIndex,
+    MemberTable,
+    PieceTable,
+    parse_digest,
+)
 from agent.store.presence import Presence, blocks_of, find_firsts
 from fsmount.bitmap import Bitmap, BitmapError
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_HEADER: Final = 1 << 20
 MAX_TABLE: Final = 1 << 30
+MAX_PREFETCH: Final = 1 << 16
+MAX_PARTS: Final = 1 << 12
+"""Most pieces wanted first and most parts of a blob; together they fit the header."""
 _SAVED: Final = struct.Struct("<8sQI")
 _SAVED_MAGIC: Final = b"SHOALCP1"
-_CODECS: Final = frozenset({"gzip", "zstd", "raw", "whole"})
+_CODECS: Final = frozenset({"gzip", "zstd", "zstd/raw", "lz4/raw", "gzip/raw", "raw", "deflate", "whole"})
 
 
 class BrokenLayer(Exception):
@@ -61,10 +78,16 @@ class Header:
     pieces_sha256: bytes
     created_s: int
     extra: dict[str, str | int]
+    members_sha256: bytes = b""
+    """Empty if there is no members.table."""
+    prefetch_pieces: tuple[int, ...] = ()
+    parts: tuple[BlobPart, ...] = ()
 
     def to_bytes(self) -> bytes:
         """The file's content."""
-        packed: bytes = msgpack.packb({"version": VERSION, **attrs.asdict(self, recurse=False)})
+        values = attrs.asdict(self, recurse=False)
+        values["parts"] = [(part.digest, part.size) for part in self.parts]
+        packed: bytes = msgpack.packb({"version": VERSION, **values})
         return packed
 
     @classmethod
@@ -72,14 +95,16 @@ class Header:
         """Read the file's content.
 
         Raises:
-            BrokenLayer: it is not a header of version 1.
+            BrokenLayer: it is not a header of this version.
         """
         try:
             values: Any = msgpack.unpackb(data)
             if not isinstance(values, dict) or values.pop("version", None) != VERSION:
                 raise BrokenLayer("its header has no known version")
+            values["prefetch_pieces"] = tuple(values["prefetch_pieces"])
+            values["parts"] = tuple(BlobPart(parse_digest(digest), size) for digest, size in values["parts"])
             header = cls(**values)
-        except (ValueError, TypeError, msgpack.UnpackException) as exc:
+        except (ValueError, TypeError, KeyError, FormatError, msgpack.UnpackException) as exc:
             raise BrokenLayer(f"its header cannot be read: {exc}") from exc
         _check_header(values)
         return header
@@ -96,6 +121,8 @@ def _check_header(values: dict[str, Any]) -> None:
         or values["codec"] not in _CODECS
         or not isinstance(values["digest"], str)
         or not isinstance(values["extra"], dict)
+        or not isinstance(values["members_sha256"], bytes)
+        or len(values["members_sha256"]) not in {0, 32}
     ):
         raise BrokenLayer("its header has values out of range")
     try:
@@ -112,6 +139,7 @@ class LayerPaths:
     header: Path
     chunk_table: Path
     piece_table: Path
+    member_table: Path
     image: Path
     data: Path
     blob: Path
@@ -131,6 +159,7 @@ class LayerPaths:
             header=root / "header",
             chunk_table=root / "chunks.table",
             piece_table=root / "pieces.table",
+            member_table=root / "members.table",
             image=root / "meta.erofs",
             data=root / "data",
             blob=root / "blob",
@@ -153,10 +182,14 @@ def write_layer(
         FormatError: the index contradicts itself.
         OSError: the disk refused.
     """
-    find_firsts(index.chunks, index.volume_size)
-    check_pieces(index.chunks, index.pieces, index.codec)
     if index.codec not in _CODECS:
         raise FormatError(f"codec {index.codec!r} is unknown")
+    find_firsts(index.chunks, index.volume_size)
+    check_pieces(index.chunks, index.pieces, index.codec)
+    prefetch_pieces = index.prefetch_pieces[:MAX_PREFETCH]
+    check_hints(index.pieces, prefetch_pieces, index.parts)
+    member_table = index.members.to_bytes() if index.members is not None else b""
+    check_members(index.chunks, MemberTable.from_bytes(member_table) if member_table else None, index.codec)
     paths = LayerPaths.of(root)
     chunk_table, piece_table = index.chunks.to_bytes(), index.pieces.to_bytes()
     header = Header(
@@ -173,6 +206,9 @@ def write_layer(
         pieces_sha256=hashlib.sha256(piece_table).digest(),
         created_s=int(time.time()),
         extra=extra,
+        members_sha256=hashlib.sha256(member_table).digest() if member_table else b"",
+        prefetch_pieces=prefetch_pieces,
+        parts=index.parts,
     )
     for path, content in (
         (paths.header, header.to_bytes()),
@@ -181,6 +217,8 @@ def write_layer(
         (paths.image, meta_image),
     ):
         path.write_bytes(content)
+    if member_table:
+        paths.member_table.write_bytes(member_table)
     for path, size in ((paths.data, data_size(index.volume_size)), (paths.blob, header.blob_size)):
         with path.open("wb") as file:
             file.truncate(size)
@@ -207,6 +245,8 @@ def _create_map(path: Path, bits: int, unit: int) -> None:
 def sync_layer(root: Path) -> None:
     """Make a layer's index files durable (the data follow with the checkpoints)."""
     paths = LayerPaths.of(root)
+    if paths.member_table.exists():
+        sync_path(paths.member_table)
     for path in (paths.header, paths.chunk_table, paths.piece_table, paths.image, root, root.parent):
         sync_path(path)
 
@@ -255,6 +295,46 @@ def check_pieces(chunks: ChunkTable, pieces: PieceTable, codec: str) -> None:
         raise FormatError(
             f"the piece table has values out of range: blob of {starts[-1]} bytes, index piece {pieces.index_piece}"
         )
+    if len(pieces.digests) not in {0, 32 * len(pieces)}:
+        raise FormatError(f"the piece table has {len(pieces.digests)} bytes of digests for {len(pieces)} pieces")
+
+
+def check_hints(pieces: PieceTable, prefetch_pieces: Sequence[int], parts: Sequence[BlobPart]) -> None:
+    """Check that what is wanted first are pieces, and that the parts of a spliced blob make it up, each of whole pieces.
+
+    Raises:
+        FormatError: it is not so.
+    """
+    if len(prefetch_pieces) > MAX_PREFETCH or len(parts) > MAX_PARTS:
+        raise FormatError(f"{len(prefetch_pieces)} pieces wanted first and {len(parts)} parts of the blob are too many")
+    if not all(type(number) is int and 0 <= number < len(pieces) for number in prefetch_pieces):
+        raise FormatError("a piece that is wanted first does not exist")
+    if not parts:
+        return
+    for part in parts:
+        parse_digest(part.digest)
+    if not all(type(part.size) is int and 0 <= part.size < 1 << 62 for part in parts):
+        raise FormatError("a part of the blob has a size out of range")
+    ends = list(accumulate(part.size for part in parts))
+    if ends[-1] != pieces.blob_size:
+        raise FormatError(f"the parts of the blob have {ends[-1]} bytes, its pieces {pieces.blob_size}")
+    starts = pieces.starts
+    if any(starts[bisect_left(starts, end)] != end for end in ends):
+        raise FormatError("a piece lies in two parts of the blob")
+
+
+def check_members(chunks: ChunkTable, members: MemberTable | None, codec: str) -> None:
+    """Check that a layer that cannot be decoded without a member table has one, with all the members its chunks lie in.
+
+    Raises:
+        FormatError: it is not so.
+    """
+    if codec != "deflate":
+        return
+    if members is None:
+        raise FormatError("a layer resumed within a deflate stream has no member table")
+    if not set(chunks.blob_offset) <= set(members.blob_offset):
+        raise FormatError("a chunk begins in a member that the member table lacks")
 
 
 def read_saved(path: Path, bits: int) -> bytes:
@@ -282,6 +362,7 @@ class OpenedLayer:
     header: Header
     chunks: ChunkTable
     pieces: PieceTable
+    members: MemberTable | None
     presence: Presence
     piece_map: Bitmap
     piece_doubt: Bitmap
@@ -319,6 +400,9 @@ def _open_layer(paths: LayerPaths, fds: list[int], maps: list[Bitmap], *, is_unc
     chunks = ChunkTable.from_bytes(_read_hashed(paths.chunk_table, header.chunks_sha256))
     pieces = PieceTable.from_bytes(_read_hashed(paths.piece_table, header.pieces_sha256))
     check_pieces(chunks, pieces, header.codec)
+    check_hints(pieces, header.prefetch_pieces, header.parts)
+    members = _map_members(paths.member_table, header.members_sha256) if header.members_sha256 else None
+    check_members(chunks, members, header.codec)
     if pieces.blob_size != header.blob_size:
         raise BrokenLayer(f"its pieces cover {pieces.blob_size} bytes of a blob of {header.blob_size}")
     if is_unclean:
@@ -348,7 +432,7 @@ def _open_layer(paths: LayerPaths, fds: list[int], maps: list[Bitmap], *, is_unc
         doubt_pieces(piece_map, piece_doubt, read_saved(paths.piece_saved, len(pieces)))
     else:
         presence.rebuild_blocks()
-    return OpenedLayer(header, chunks, pieces, presence, piece_map, piece_doubt, *fds)
+    return OpenedLayer(header, chunks, pieces, members, presence, piece_map, piece_doubt, *fds)
 
 
 def doubt_pieces(piece_map: Bitmap, piece_doubt: Bitmap, also: bytes = b"") -> None:
@@ -371,6 +455,18 @@ def _read_hashed(path: Path, sha256: bytes) -> bytes:
     if hashlib.sha256(data).digest() != sha256:
         raise BrokenLayer(f"{path.name} does not match its checksum")
     return data
+
+
+def _map_members(path: Path, sha256: bytes) -> MemberTable:
+    """The table over the mapped file: its windows, tens of megabytes in a large layer, are page cache and not memory of ours."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if not 0 < size <= MAX_TABLE:
+            raise BrokenLayer(f"{path.name} has {size} bytes")
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)  # unmapped when the table's last view of it is gone
+    if hashlib.sha256(mapped).digest() != sha256:
+        raise BrokenLayer(f"{path.name} does not match its checksum")
+    return MemberTable.from_bytes(memoryview(mapped))
 
 
 def _check_image(path: Path, header: Header) -> None:
