@@ -26,6 +26,7 @@ from agent.formats.model import Digest
 from agent.images.commands import ImageCommands
 from agent.images.fsmount_link import FsmountLink, open_fsmount_link
 from agent.images.layers import Layers, PreparedLayer, open_layers
+from agent.images.manifests import Manifests
 from agent.images.records import FleetRecords
 from agent.observe.logs import set_up_logging
 from agent.observe.memory import trim_malloc
@@ -348,6 +349,7 @@ async def _serve(settings: Settings, version: str) -> None:
         async def on_connected(link: Link) -> None:
             await _take_over(link, store, resolver, sources)
 
+        manifests = Manifests(registry, records, swarm, client, counters)
         link = await stack.enter_async_context(
             open_fsmount_link(
                 settings.run_dir,
@@ -360,7 +362,7 @@ async def _serve(settings: Settings, version: str) -> None:
         layers = await stack.enter_async_context(
             open_layers(
                 store,
-                registry,
+                manifests,
                 sources,
                 resolver,
                 link.current,
@@ -374,7 +376,7 @@ async def _serve(settings: Settings, version: str) -> None:
             snapshotter = await stack.enter_async_context(open_snapshotter(settings.state_dir, _PinnedLayers(layers, store)))
             await stack.enter_async_context(serve_snapshots(snapshotter, settings.run_dir / "containerd.sock"))
         containerd = await stack.enter_async_context(open_containerd(str(settings.containerd_address)))
-        commands = ImageCommands(store, registry, layers, resolver, link, containerd, records, swarm, client)
+        commands = ImageCommands(store, manifests, layers, resolver, link, containerd, records, swarm, client)
         agent = _Agent(settings, version, store, swarm, server, resolver, link, layers, commands, snapshotter, problems, started)
         with trio.move_on_after(30) as waiting:
             await link.current()

@@ -449,6 +449,7 @@ class EstargzFormat:
     """eStargz as `agent.formats.catalogue` lists it."""
 
     name = "estargz"
+    is_only_form = False
 
     def recognises(self, facts: LayerFacts) -> bool:
         """The manifest names the digest of a TOC, and no other format's."""
@@ -457,8 +458,8 @@ class EstargzFormat:
     def read_index(self, facts: LayerFacts) -> IndexReader:
         """Footer, then TOC; the TOC from its own image if the footer says so."""
         toc_digest = parse_digest(facts.annotations[TOC_DIGEST])
-        start = max(0, facts.size - TAIL_GUESS(facts.size))
-        tail = yield BlobRange(start, facts.size)
+        tail = yield BlobRange(max(0, facts.size - TAIL_GUESS(facts.size)), facts.size, is_guess=True)
+        start = facts.size - len(tail)
         footer = parse_footer(tail, facts.size)
         if footer is None:
             raise FormatError("the manifest names a TOC digest, but the blob does not end in an eStargz footer")

@@ -32,12 +32,17 @@ class LayerFacts:
 
 @attrs.frozen
 class BlobRange:
-    """Bytes [start, stop) of a blob of the image's repository; `blob` empty means the layer's own."""
+    """Bytes [start, stop) of a blob of the image's repository; `blob` empty means the layer's own.
+
+    `is_guess`: the format does not know yet how much it needs. The answer may then be shorter and only the end of the range, if
+    that is what somebody near has at hand.
+    """
 
     start: int
     stop: int
     blob: Digest = Digest("")
     blob_size: int = 0
+    is_guess: bool = False
 
 
 @attrs.frozen
@@ -68,6 +73,8 @@ class Format(Protocol):
     """The one entry point of a format's module."""
 
     name: str
+    is_only_form: bool
+    """Whether the layer is nothing but its index and data; false for one that can be read as a plain tar layer as well."""
 
     def recognises(self, facts: LayerFacts) -> bool:
         """Whether the layer claims to be of this format, and is vouched for by the manifest as the format demands."""

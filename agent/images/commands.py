@@ -1,6 +1,5 @@
 """What the client commands do inside the agent: pull, mount, unmount, scrub."""
 
-import json
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -10,26 +9,23 @@ import attrs
 import structlog
 import trio
 
-from agent.errors import ShoalError, SourceUnavailable, StoreError
-from agent.formats import estargz
+from agent.errors import ShoalError
 from agent.formats.model import Digest, FormatError
 from agent.images.fsmount_link import FsmountLink
 from agent.images.layers import Layers, PreparedLayer
+from agent.images.manifests import Manifests
 from agent.images.records import FleetRecords
-from agent.registry import ImageReference, RegistryClient, ResolvedManifest
+from agent.registry import ImageReference, ResolvedManifest
 from agent.resolve import Resolver
 from agent.runtimes.containerd.client import Containerd, together
 from agent.store import BadSpot, ScrubProgress, Store
 from agent.swarm import Swarm
 from agent.transfer import PeerClient
-from fsmount.erofs import write_image
 
 log = structlog.get_logger()
 
 Emit = Callable[[dict[str, Any]], Awaitable[None]]
 
-MAX_CONFIG_BYTES: Final = 8 << 20
-"""The cap containerd puts on an image configuration."""
 REPAIR_S: Final = 120.0
 """How long `shoal scrub` waits for damaged chunks to come from elsewhere."""
 ROOTS: Final = "mounted-root"
@@ -40,7 +36,7 @@ class ImageCommands:
     """See the module's text. `containerd` may be down: only `pull` needs it."""
 
     store: Store
-    registry: RegistryClient
+    manifests: Manifests
     layers: Layers
     resolver: Resolver
     link: FsmountLink
@@ -54,7 +50,7 @@ class ImageCommands:
         began = time.monotonic()
         image = ImageReference.parse(str(args["image"]))
         namespace = str(args.get("namespace") or "default")
-        resolved = await self._manifest(image)
+        resolved = await self.manifests.get(image)
         pinned = attrs.evolve(image, digest=resolved.digest)
         prepared: list[PreparedLayer] = []
 
@@ -62,7 +58,7 @@ class ImageCommands:
             prepared.extend(await self._prepare_all(pinned, resolved, emit))
 
         async def tell_containerd() -> None:
-            config, diff_ids = await self._config(image, resolved)
+            config, diff_ids = await self.manifests.config(image, resolved)
             chain = list(zip(resolved.layers, diff_ids, strict=True))
             await self.containerd.pull_image(namespace, image, resolved, config, chain)
 
@@ -83,7 +79,7 @@ class ImageCommands:
         directory = Path(str(args["directory"]))
         if not directory.is_absolute():
             raise ShoalError(f"{directory} is not an absolute path")
-        resolved = await self._manifest(image)
+        resolved = await self.manifests.get(image)
         prepared = await self._prepare_all(attrs.evolve(image, digest=resolved.digest), resolved, emit)
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -114,38 +110,6 @@ class ImageCommands:
         for layer in self.store.layers():
             if f"{ROOTS}:{directory}" in self.store.pins(layer.digest):
                 await self.store.unpin(layer.digest, f"{ROOTS}:{directory}")
-
-    async def _manifest(self, image: ImageReference) -> ResolvedManifest:
-        """The image's manifest: from the registry, or what the fleet knows of it while the registry is away."""
-        try:
-            resolved = await self.registry.resolve(image)
-        except SourceUnavailable as exc:
-            known = await self.records.find_image(image, self.swarm, self.peers)
-            if known is None:
-                raise
-            log.warning("image_from_fleet", image=str(image), digest=known.digest, reason=str(exc))
-            return known
-        await self.records.keep_image(image, resolved)
-        return resolved
-
-    async def _config(self, image: ImageReference, resolved: ResolvedManifest) -> tuple[bytes, list[str]]:
-        """The image's configuration, from a peer or the registry, and the diff IDs that it names."""
-        config = self.records.get(resolved.config.digest)
-        if config is None:
-            config = await self.records.fetch(resolved.config.digest, self.swarm, self.peers)
-            source = "peer"
-            if config is None:
-                config = await self.registry.fetch_small(image, resolved.config, max_bytes=MAX_CONFIG_BYTES)
-                source = "registry"
-            self.resolver.count(source, len(config))
-            await self.records.keep(resolved.config.digest, config)
-        try:
-            diff_ids = list(json.loads(config)["rootfs"]["diff_ids"])
-        except (ValueError, KeyError, TypeError) as exc:
-            raise FormatError(f"the configuration of {image} names no layers") from exc
-        if len(diff_ids) != len(resolved.layers):
-            raise FormatError(f"{image} has {len(resolved.layers)} layers, but its configuration names {len(diff_ids)}")
-        return config, diff_ids
 
     async def _prepare_all(self, image: ImageReference, resolved: ResolvedManifest, emit: Emit) -> list[PreparedLayer]:
         if not resolved.layers:
@@ -214,41 +178,18 @@ class ImageCommands:
             return False
         try:
             if spot.kind == "image":
-                return await self._rebuild_image(spot.layer)
+                return await self.layers.rebuild_image(layer)
             if layer.codec == "whole":
                 await self.layers.rebuild(layer)
             elif spot.kind == "chunk":
                 start = layer.chunks.volume_offset[spot.number]
                 await self.resolver.need(spot.layer, start, start + max(1, layer.chunks.size[spot.number]), REPAIR_S)
-            elif spot.number == layer.pieces.index_piece:
-                return False  # the layer stands without it; peers ask another node
             else:
                 await self.resolver.refetch(spot.layer, spot.number, REPAIR_S)
         except (ShoalError, OSError) as exc:
             log.error("damage_not_replaced", layer=spot.layer, kind=spot.kind, number=spot.number, reason=str(exc))
             return False
         return layer.has_chunk(spot.number) if spot.kind == "chunk" else layer.has_piece(spot.number)
-
-    async def _rebuild_image(self, digest: Digest) -> bool:
-        layer = self.store.layer(digest)
-        if layer is None or layer.pieces.index_piece < 0:
-            return False
-        start, stop = layer.pieces.extent(layer.pieces.index_piece)
-        data = layer.read_blob(start, stop)
-        toc_digest = Digest(str(layer.extra["toc_digest"]))
-        if data is None:
-            return False
-
-        def build() -> bytearray:
-            footer = estargz.parse_footer(data, layer.blob_size)
-            if footer is None:
-                raise StoreError(f"the index of {digest} has no footer")
-            toc = estargz.unpack_toc(data[: stop - start - footer.footer_size], toc_digest)
-            index = estargz.parse_toc(toc, blob_size=layer.blob_size, toc_offset=start, toc_digest=toc_digest)
-            return write_image(index.root, volume_size=index.volume_size, user_markers=False)
-
-        image = await trio.to_thread.run_sync(build)
-        return await trio.to_thread.run_sync(layer.repair_image, image)
 
 
 async def _forward(receive: "trio.MemoryReceiveChannel[dict[str, Any]]", emit: Emit) -> None:

@@ -4,44 +4,37 @@
 read, not when its data are here. A layer that cannot be lazy (plain gzip, or an index that nothing vouches for) is fetched
 whole, verified by its own digest, and presented in the same way.
 
-Trust. A lazy layer's index must match a digest that the manifest names (`…/stargz/toc.digest`); the manifest was verified by
-whoever resolved it. Everything else follows from the index.
+Trust. A lazy layer's index must match a digest that the manifest names (how, is the format's affair); the manifest was verified
+by whoever resolved it. Everything else follows from the index.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 import attrs
 import structlog
 import trio
 
-from agent.errors import ShoalError, SourceError, SourceRefused, SourceUnavailable, StoreError
-from agent.formats import estargz
-from agent.formats.model import Digest, FormatError, LayerIndex, parse_digest
+from agent.errors import ShoalError, SourceError, SourceRefused, StoreError
+from agent.formats.catalogue import find_format
+from agent.formats.model import Digest, FormatError, parse_digest
+from agent.formats.opening import Format, LayerFacts
 from agent.images.adopt import adopt_chunks, has_donors
+from agent.images.index_reading import IndexFetcher, IndexSources
+from agent.images.manifests import Manifests, facts_of
 from agent.images.whole import WholeFetcher, WholeSources
-from agent.registry import Descriptor, ImageReference, RegistryClient
-from agent.resolve import Counters, Priority, Resolver, Source
+from agent.registry import Descriptor, ImageReference
+from agent.resolve import Counters, Priority, Resolver
 from agent.store import Store, StoredLayer
-from fsmount.erofs import write_image
 from fsmount.link import Link
 
 log = structlog.get_logger()
 
-TOC_DIGEST: Final = "containerd.io/snapshot/stargz/toc.digest"
-LAYER_DIGEST: Final = "containerd.io/snapshot/stargz/layer.digest"
-EXTERNAL_TOC_SUFFIX: Final = "-esgztoc"
-PEER_INDEX_S: Final = 3.0
-"""A peer that has not sent an index (about 1 MB) after this long is passed over for the registry."""
 
-
-class IndexSources(WholeSources, Protocol):
-    """Who may hold a layer's index, before the layer is known."""
-
-    async def index_holders(self, blob: Digest) -> list[tuple[Source, int, int]]:
-        """Peers that hold the index piece: (source, its first byte, the blob's size). May wait for one round trip."""
+class LayerSources(IndexSources, WholeSources, Protocol):
+    """The fleet and the registries, as this module needs them."""
 
     async def announce(self, layer: StoredLayer) -> None:
         """Tell the fleet that this node reads the layer and may hold pieces of it."""
@@ -72,8 +65,8 @@ class Layers:
         self,
         nursery: trio.Nursery,
         store: Store,
-        registry: RegistryClient,
-        sources: IndexSources,
+        manifests: Manifests,
+        sources: LayerSources,
         resolver: Resolver,
         link: Callable[[], Awaitable[Link]],
         counters: Counters,
@@ -85,7 +78,7 @@ class Layers:
     ) -> None:
         self._nursery = nursery
         self._store = store
-        self._registry = registry
+        self._manifests = manifests
         self._sources = sources
         self._resolver = resolver
         self._link = link
@@ -97,6 +90,7 @@ class Layers:
         self._presented: dict[str, tuple[Link, StoredLayer, PreparedLayer]] = {}
         """What was mounted over which connection, so that asking again costs nothing; another connection asks fsmount anew."""
         self._cpu = trio.CapacityLimiter(2)
+        self._indexes = IndexFetcher(manifests.registry, sources, resolver, self._cpu)
         self._whole = WholeFetcher(store, sources, counters, work_dir, self._cpu)
 
     async def prepare(
@@ -148,94 +142,60 @@ class Layers:
         return await self._present(stored)
 
     async def _fetch(self, image: ImageReference, layer: Descriptor, digest: Digest) -> StoredLayer:
-        if layer.size <= 0:
-            layer = await self._describe(image, layer)
-        toc_digest = layer.annotations.get(TOC_DIGEST)
-        if toc_digest is not None:
+        facts = await self._facts(image, layer)
+        layer_format = find_format(facts)
+        if layer_format is not None:
             try:
-                return await self._fetch_lazy(image, layer, digest, parse_digest(toc_digest))
+                return await self._fetch_lazy(image, facts, layer_format)
             except FormatError as exc:
+                if layer_format.is_only_form:
+                    raise
                 log.warning("layer_not_lazy", layer=digest, image=str(image), reason=str(exc))
-        return await self._whole.fetch(image, layer, digest)
+        plain = Descriptor(facts.media_type, digest, facts.size)
+        return await self._whole.fetch(image, plain, digest, await self._diff_id(image, digest))
 
-    async def _describe(self, image: ImageReference, layer: Descriptor) -> Descriptor:
-        """The manifest's own words on a layer of which a caller knows the digest alone."""
-        resolved = await self._registry.resolve(image)
-        for known in resolved.layers:
-            if known.digest == layer.digest:
-                return attrs.evolve(known, annotations={**known.annotations, **layer.annotations})
-        raise SourceRefused(f"image {image} has no layer {layer.digest}")
+    async def _facts(self, image: ImageReference, layer: Descriptor) -> LayerFacts:
+        """The manifest's own words on a layer. Who knows all of them (our own pull) need not be without a manifest."""
+        try:
+            resolved = await self._manifests.get(image)
+        except SourceError:
+            if layer.size <= 0:
+                raise
+            return LayerFacts(parse_digest(layer.digest), layer.size, layer.media_type, layer.annotations)
+        return facts_of(resolved, layer)
 
-    async def _fetch_lazy(self, image: ImageReference, layer: Descriptor, digest: Digest, toc_digest: Digest) -> StoredLayer:
-        toc, index_start, index_bytes = await self._fetch_toc(image, layer, digest, toc_digest)
-        with self._resolver.holding_prefetch():
-            index, meta = await trio.to_thread.run_sync(_build, toc, layer.size, index_start, toc_digest, limiter=self._cpu)
-        for warning in index.warnings[:5]:
-            log.warning("layer_entry_changed", layer=digest, image=str(image), reason=warning)
-        extra: dict[str, str | int] = {"image": str(image), "format": index.format, "toc_digest": toc_digest}
-        stored = await self._store.create_layer(digest, index, meta, extra)
-        if index.pieces.index_piece >= 0 and index_bytes:
-            await trio.to_thread.run_sync(_keep_index, stored, index_start, index_bytes, limiter=self._cpu)
+    async def _diff_id(self, image: ImageReference, digest: Digest) -> str:
+        """What the image's configuration says that the layer unpacks to; empty if it cannot be had."""
+        try:
+            resolved = await self._manifests.get(image)
+            _, diff_ids = await self._manifests.config(image, resolved)
+        except (SourceError, FormatError) as exc:
+            log.warning("diff_id_unknown", layer=digest, image=str(image), reason=str(exc))
+            return ""
+        return dict(zip((layer.digest for layer in resolved.layers), diff_ids, strict=True)).get(digest, "")
+
+    async def _fetch_lazy(self, image: ImageReference, facts: LayerFacts, layer_format: Format) -> StoredLayer:
+        read = await self._indexes.fetch(image, facts, layer_format)
+        for warning in read.index.warnings[:5]:
+            log.warning("layer_entry_changed", layer=facts.digest, image=str(image), reason=warning)
+        extra: dict[str, str | int] = {"image": str(image), "format": read.index.format}
+        stored = await self._store.create_layer(facts.digest, read.index, read.meta, extra)
+        await trio.to_thread.run_sync(read.keep_index_piece, stored, limiter=self._cpu)
         return stored
 
-    async def _fetch_toc(
-        self, image: ImageReference, layer: Descriptor, digest: Digest, toc_digest: Digest
-    ) -> tuple[bytes, int, bytes]:
-        """(TOC JSON, blob offset where the index begins, the bytes from there to the blob's end), from a peer or the registry."""
-        for source, start, size in await self._sources.index_holders(digest):
-            if size != layer.size or not 0 <= start < size:
-                continue
-            try:
-                with trio.fail_after(PEER_INDEX_S):
-                    tail = await self._read(source, digest, size, start, size)
-                return await self._unpack(tail, size, toc_digest, source, start)
-            except (SourceError, FormatError, trio.TooSlowError) as exc:
-                log.info("peer_index_refused", layer=digest, peer=source.name, reason=str(exc))
-        source = self._sources.registry_source(image)
-        start = max(0, layer.size - estargz.TAIL_GUESS(layer.size))
-        tail = await self._read(source, digest, layer.size, start, layer.size)
-        footer = estargz.parse_footer(tail, layer.size)
-        if footer is None:
-            raise FormatError("the manifest names a TOC digest, but the blob does not end in an eStargz footer")
-        if footer.toc_offset < 0:
-            return await self._external_toc(image, digest, toc_digest), layer.size, b""
-        if footer.toc_offset < start:
-            tail = await self._read(source, digest, layer.size, footer.toc_offset, start) + tail
-            start = footer.toc_offset
-        return await self._unpack(tail, layer.size, toc_digest, source, start)
+    async def rebuild_image(self, stored: StoredLayer) -> bool:
+        """Make a layer's metadata image again from its index, after the stored one was damaged; False if it cannot be made.
 
-    async def _unpack(self, tail: bytes, size: int, toc_digest: Digest, source: Source, start: int) -> tuple[bytes, int, bytes]:
-        footer = estargz.parse_footer(tail, size)
-        if footer is None or footer.toc_offset < start:
-            raise FormatError(f"{source.name} sent an index without its footer")
-        compressed = tail[footer.toc_offset - start : size - start - footer.footer_size]
-        toc = await trio.to_thread.run_sync(estargz.unpack_toc, compressed, toc_digest, limiter=self._cpu)
-        return toc, footer.toc_offset, tail[footer.toc_offset - start :]
-
-    async def _external_toc(self, image: ImageReference, digest: Digest, toc_digest: Digest) -> bytes:
-        if not image.tag:
-            raise FormatError(f"{image} has no tag, so its TOC image (tag{EXTERNAL_TOC_SUFFIX}) cannot be named")
-        toc_image = attrs.evolve(image, tag=image.tag + EXTERNAL_TOC_SUFFIX, digest=None)
-        resolved = await self._registry.resolve(toc_image)
-        for layer in resolved.layers:
-            if layer.annotations.get(LAYER_DIGEST) == digest:
-                raw = await self._registry.fetch_small(toc_image, layer, max_bytes=64 << 20)
-                self._resolver.count("registry", len(raw))
-                return await trio.to_thread.run_sync(estargz.unpack_toc, raw, toc_digest, limiter=self._cpu)
-        raise FormatError(f"{toc_image} has no TOC for layer {digest}")
-
-    async def _read(self, source: Source, digest: Digest, size: int, start: int, stop: int) -> bytes:
-        """One range, whole, in memory."""
-        data = bytearray(stop - start)
-        got = 0
-        async with source.fetch(digest, size, [(start, stop)]) as stream:
-            async for offset, block in stream:
-                data[offset - start : offset - start + len(block)] = block
-                got += len(block)
-        self._resolver.count(source.kind, got)
-        if got != stop - start or len(data) != stop - start:
-            raise SourceUnavailable(f"{source.name} sent {got} of {stop - start} bytes", source=source.name)
-        return bytes(data)
+        Raises:
+            ShoalError: nobody gave the index, or the disk refused.
+        """
+        image = ImageReference.parse(str(stored.extra.get("image", "")))
+        facts = await self._facts(image, Descriptor("", stored.digest, 0))
+        layer_format = find_format(facts)
+        if layer_format is None:
+            return False
+        read = await self._indexes.fetch(image, facts, layer_format)
+        return await trio.to_thread.run_sync(stored.repair_image, read.meta, limiter=self._cpu)
 
     async def _present(self, stored: StoredLayer) -> PreparedLayer:
         name = layer_name(stored.digest)
@@ -260,6 +220,8 @@ class Layers:
                 await adopt_chunks(self._store, stored, self._resolver, self._cpu)
             except StoreError as exc:
                 log.warning("chunks_not_copied", layer=stored.digest, reason=str(exc))
+        if self._prefetch and stored.prefetch_pieces:
+            self._resolver.prefetch(stored.digest, stored.prefetch_pieces)
         if self._prefetch and stored.prefetch_stop > 0:
             # One piece more: the kernel reads ahead of the last file that is wanted, into what lies behind the landmark, and its
             # reader waits for both. Fetched on demand that piece came 50 to 80 ms later, in the middle of a container's start.
@@ -332,21 +294,11 @@ class _Flight:
         return self.prepared
 
 
-def _build(toc: bytes, blob_size: int, index_start: int, toc_digest: Digest) -> tuple[LayerIndex, bytearray]:
-    index = estargz.parse_toc(toc, blob_size=blob_size, toc_offset=index_start, toc_digest=toc_digest)
-    return index, write_image(index.root, volume_size=index.volume_size, user_markers=False)
-
-
-def _keep_index(stored: StoredLayer, start: int, data: bytes) -> None:
-    stored.write_blob(start, data)
-    stored.mark_piece(stored.pieces.index_piece)
-
-
 @asynccontextmanager
 async def open_layers(
     store: Store,
-    registry: RegistryClient,
-    sources: IndexSources,
+    manifests: Manifests,
+    sources: LayerSources,
     resolver: Resolver,
     link: Callable[[], Awaitable[Link]],
     *,
@@ -359,7 +311,7 @@ async def open_layers(
         yield Layers(
             nursery,
             store,
-            registry,
+            manifests,
             sources,
             resolver,
             link,

@@ -15,3 +15,10 @@ class Counters:
     bad_chunks: int = 0
     demand_waits: int = 0
     failed_reads: int = 0
+
+    def count(self, kind: str, size: int) -> None:
+        """Bytes came from a source of that kind (`agent.resolve.sources.Source.kind`)."""
+        if kind == "peer":
+            self.peer_bytes += size
+        elif kind == "registry":
+            self.registry_bytes += size

@@ -332,7 +332,7 @@ class Resolver:
                 try:
                     async with source.fetch(layer.digest, layer.blob_size, [(start, stop)]) as stream:
                         async for offset, block in stream:
-                            self.count(source.kind, len(block))
+                            self.counters.count(source.kind, len(block))
                             if not arrivals.put(offset, block):
                                 await arrivals.wait_room()
                             if run.priority is Priority.BACKGROUND:
@@ -372,13 +372,6 @@ class Resolver:
                 for piece in held:
                     self._queue.advance(run, piece + 1)
                     self._sourcing.piece_held(state.layer, piece)
-
-    def count(self, kind: str, size: int) -> None:
-        """Bytes came from a source of that kind."""
-        if kind == "peer":
-            self.counters.peer_bytes += size
-        elif kind == "registry":
-            self.counters.registry_bytes += size
 
     def _piece_done(self, state: _LayerState, piece: int) -> None:
         chunks = state.layer.pieces.chunks_of(piece)

@@ -1,15 +1,15 @@
 """Sources of this node: the fleet's peers first, then the registry an image came from."""
 
 import random
-from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Final
 
 import attrs
 import structlog
 
 from agent.errors import SourceLied
-from agent.formats.model import Digest, FormatError
+from agent.formats.model import BlobPart, Digest, FormatError
 from agent.registry import ImageReference, RegistryClient
 from agent.resolve.sources import Source
 from agent.store import StoredLayer
@@ -30,6 +30,8 @@ class RegistrySource:
 
     registry: RegistryClient
     image: ImageReference
+    parts: tuple[BlobPart, ...] = ()
+    """The registry's blobs that the asked one is made of, for a spliced blob."""
 
     @property
     def name(self) -> str:
@@ -45,7 +47,20 @@ class RegistrySource:
         self, blob: Digest, blob_size: int, ranges: Sequence[tuple[int, int]]
     ) -> AbstractAsyncContextManager[AsyncIterator[tuple[int, bytes]]]:
         """See `agent.resolve.sources.Source`."""
+        if self.parts:
+            return aclosing(self._spliced(ranges))
         return self.registry.fetch_ranges(self.image, blob, blob_size, ranges)
+
+    async def _spliced(self, ranges: Sequence[tuple[int, int]]) -> AsyncGenerator[tuple[int, bytes], None]:
+        base = 0
+        for part in self.parts:
+            wanted = [(max(start - base, 0), min(stop - base, part.size)) for start, stop in ranges]
+            wanted = [(start, stop) for start, stop in wanted if start < stop]
+            if wanted:
+                async with self.registry.fetch_ranges(self.image, part.digest, part.size, wanted) as stream:
+                    async for offset, block in stream:
+                        yield base + offset, block
+            base += part.size
 
 
 @attrs.frozen
@@ -151,7 +166,7 @@ class NodeSources:
             lead += 1
         for image in self._origins_of(layer):
             if image.name not in excluded:
-                found.append((RegistrySource(self._registry, image), lead - first))
+                found.append((RegistrySource(self._registry, image, layer.parts), lead - first))
         return found
 
     def report(self, source: Source, layer: StoredLayer, error: Exception) -> None:
@@ -159,7 +174,6 @@ class NodeSources:
         if source.kind == "registry" and isinstance(error, SourceLied):
             log.error("registry_sent_wrong_bytes", layer=layer.digest, registry=source.name, reason=str(error))
         elif source.kind == "peer" and isinstance(error, SourceLied):
-            log.error("peer_sent_wrong_bytes", layer=layer.digest, peer=source.name, reason=str(error))
             self._swarm.report_liar(source.name, layer.digest)
         elif source.kind == "peer":
             self._swarm.report_failure(source.name)
