@@ -438,10 +438,15 @@ class MemberTable:
 
 @attrs.frozen
 class BlobPart:
-    """One of the registry's blobs that make up a spliced blob."""
+    """Bytes [start, start + size) of one of the registry's blobs, which has `blob_size`: one part of a spliced blob.
+
+    A blob may come several times: where members overlap, the bytes that two of them need are spliced in twice.
+    """
 
     digest: Digest
     size: int
+    start: int = 0
+    blob_size: int = attrs.field(default=attrs.Factory(lambda self: self.start + self.size, takes_self=True))
 
 
 @attrs.frozen

@@ -6,6 +6,7 @@ different versions talk past each other about possession.
 """
 
 from array import array
+from collections.abc import Sequence
 from typing import Final
 
 from agent.formats.model import ChunkTable, PieceTable
@@ -15,21 +16,31 @@ PIECE_BYTES: Final = 1 << 20
 
 
 def cut_pieces(
-    chunks: ChunkTable, blob_size: int, index_start: int, target: int = PIECE_BYTES, *, prefetch_stop: int = -1
+    chunks: ChunkTable,
+    blob_size: int,
+    index_start: int,
+    target: int = PIECE_BYTES,
+    *,
+    prefetch_stop: int = -1,
+    cuts: Sequence[int] = (),
 ) -> PieceTable:
-    """Cut a blob whose chunks lie before `index_start`; `index_start == blob_size` means that the index is elsewhere."""
+    """Cut a blob whose chunks lie before `index_start`; `index_start == blob_size` means that the index is elsewhere.
+
+    `cuts` are places besides that no piece crosses, the boundaries of a spliced blob's parts.
+    """
     starts, first_chunk = array("Q", [0]), array("I", [0])
-    piece_start, last, cut_at = 0, -1, prefetch_stop
+    piece_start, last = 0, -1
+    forced = sorted({prefetch_stop, *cuts}, reverse=True)
     for number, (offset, length) in enumerate(zip(chunks.blob_offset, chunks.blob_length, strict=True)):
         if offset == last:
             continue
         last = offset
-        if 0 < cut_at <= offset:
+        while forced and forced[-1] <= offset:
+            cut_at = forced.pop()
             if cut_at > piece_start:
                 starts.append(cut_at)
                 first_chunk.append(number)
                 piece_start = cut_at
-            cut_at = -1
         if offset + length - piece_start > target and offset > piece_start and number > first_chunk[-1]:
             starts.append(offset)
             first_chunk.append(number)

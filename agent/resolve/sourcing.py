@@ -55,11 +55,11 @@ class RegistrySource:
         base = 0
         for part in self.parts:
             wanted = [(max(start - base, 0), min(stop - base, part.size)) for start, stop in ranges]
-            wanted = [(start, stop) for start, stop in wanted if start < stop]
+            wanted = [(part.start + start, part.start + stop) for start, stop in wanted if start < stop]
             if wanted:
-                async with self.registry.fetch_ranges(self.image, part.digest, part.size, wanted) as stream:
+                async with self.registry.fetch_ranges(self.image, part.digest, part.blob_size, wanted) as stream:
                     async for offset, block in stream:
-                        yield base + offset, block
+                        yield base + offset - part.start, block
             base += part.size
 
 

@@ -86,7 +86,7 @@ class Header:
     def to_bytes(self) -> bytes:
         """The file's content."""
         values = attrs.asdict(self, recurse=False)
-        values["parts"] = [(part.digest, part.size) for part in self.parts]
+        values["parts"] = [attrs.astuple(part) for part in self.parts]
         packed: bytes = msgpack.packb({"version": VERSION, **values})
         return packed
 
@@ -102,7 +102,7 @@ class Header:
             if not isinstance(values, dict) or values.pop("version", None) != VERSION:
                 raise BrokenLayer("its header has no known version")
             values["prefetch_pieces"] = tuple(values["prefetch_pieces"])
-            values["parts"] = tuple(BlobPart(parse_digest(digest), size) for digest, size in values["parts"])
+            values["parts"] = tuple(BlobPart(parse_digest(digest), *rest) for digest, *rest in values["parts"])
             header = cls(**values)
         except (ValueError, TypeError, KeyError, FormatError, msgpack.UnpackException) as exc:
             raise BrokenLayer(f"its header cannot be read: {exc}") from exc
@@ -313,8 +313,11 @@ def check_hints(pieces: PieceTable, prefetch_pieces: Sequence[int], parts: Seque
         return
     for part in parts:
         parse_digest(part.digest)
-    if not all(type(part.size) is int and 0 <= part.size < 1 << 62 for part in parts):
-        raise FormatError("a part of the blob has a size out of range")
+    for part in parts:
+        if any(type(value) is not int for value in (part.size, part.start, part.blob_size)):
+            raise FormatError("a part of the blob has a size that is no number")
+        if not 0 <= part.start <= part.start + part.size <= part.blob_size < 1 << 62:
+            raise FormatError("a part of the blob has a size out of range")
     ends = list(accumulate(part.size for part in parts))
     if ends[-1] != pieces.blob_size:
         raise FormatError(f"the parts of the blob have {ends[-1]} bytes, its pieces {pieces.blob_size}")
