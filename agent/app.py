@@ -25,6 +25,7 @@ from agent.errors import SettingsError, ShoalError
 from agent.formats.model import Digest
 from agent.images.commands import ImageCommands
 from agent.images.fsmount_link import FsmountLink, open_fsmount_link
+from agent.images.inspecting import Inspector
 from agent.images.layers import Layers, PreparedLayer, open_layers
 from agent.images.manifests import Manifests
 from agent.images.records import FleetRecords
@@ -390,6 +391,7 @@ async def _serve(settings: Settings, version: str) -> None:
             "mount": commands.mount,
             "unmount": commands.unmount,
             "scrub": commands.scrub,
+            "inspect": Inspector(store, manifests, layers, resolver, swarm).inspect,
         }
         await stack.enter_async_context(open_admin_server(settings.run_dir / "agent.sock", handlers))
         print(f"shoal agent is ready: peer {swarm.peer_id}, run directory {settings.run_dir}", flush=True)

@@ -47,6 +47,8 @@ never evicted from the cache.""",
     "status": """One line each on processes, fleet, cache, and bytes got and served since the agent started, then one for each layer: the
 share that is here, its size, its format, the image that brought it.""",
     "peers": "One line each: peer id, address for pieces, round trip, zone, and how many of the layers that this node wants it holds.",
+    "inspect": """Reads the indexes of its layers, if this node does not have them yet, and asks the fleet. With --verify everything is
+fetched: every chunk, every blob and the tar inside it are compared with what the image says; exit code 1 if anything differs.""",
     "scrub": """Reads the whole cache, slowly enough not to disturb. Damaged chunks are never served from then on and are fetched again from
 peers or the registry. Exit code 1 if some could not be replaced.""",
     "doctor": """Tries rather than guesses: mounts in namespaces of its own, looks for who holds a port, asks containerd. Changes nothing. Takes
@@ -120,6 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     mount.add_argument("--quiet", "-q", action="store_true", help="print nothing but errors")
     unmount = add("unmount", _unmount, "unmount what `shoal mount` mounted")
     unmount.add_argument("directory", metavar="DIR", help="the directory given to `shoal mount`")
+    inspect = add("inspect", _inspect, "show an image's layers: format, chunks, what is lazy and why not, what the fleet has")
+    inspect.add_argument("image", metavar="IMAGE", help="image reference, for example registry.example/app:1")
+    inspect.add_argument("--verify", action="store_true", help="fetch everything and compare it with its digests")
+    inspect.add_argument("--json", action="store_true", help="as JSON, for scripts")
     status = add("status", _status, "show what this node holds, serves and waits for")
     status.add_argument("--json", action="store_true", help="as JSON, for scripts")
     peers = add("peers", _peers, "list the other nodes of the fleet that this node knows")
@@ -281,6 +287,32 @@ def _status(args: argparse.Namespace) -> int:
     for problem in status["problems"]:
         print(f"problem: {problem}")
     return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    found = _call(args, "inspect", {"image": args.image, "verify": args.verify}, args.image)
+    is_wrong = any(not layer.get("verified", {"ok": True})["ok"] for layer in found["layers"])
+    if args.json:
+        print(json.dumps(found, indent=2, sort_keys=True))
+        return int(is_wrong)
+    print(f"{found['image']}\n{found['digest']}, {len(found['layers'])} layers, {_size(found['size'])} compressed")
+    for number, layer in enumerate(found["layers"], 1):
+        lazy = "lazy" if layer["is_lazy"] else "not lazy"
+        print(f"layer {number}: {layer['digest'][7:19]} {layer['format']}, {_size(layer['size'])}, {lazy}")
+        if layer["reason"]:
+            print(f"  not lazy: {layer['reason']}")
+        if "chunks" in layer:
+            print(
+                f"  {layer['entries']} entries, {layer['chunks']} chunks, {_size(layer['uncompressed'])} unpacked, {_size(layer['wanted_first'])} wanted first"
+            )
+        print(
+            f"  {layer['pieces']} pieces: {layer['pieces_here']} on this node, {layer['pieces_in_fleet']} on {layer['peers']} other nodes"
+        )
+        for warning in layer["warnings"]:
+            print(f"  warning: {warning}")
+        if "verified" in layer:
+            print(f"  {'right' if layer['verified']['ok'] else 'WRONG'}: {layer['verified']['what']}")
+    return int(is_wrong)
 
 
 def _peers(args: argparse.Namespace) -> int:

@@ -90,7 +90,7 @@ class Layers:
         self._presented: dict[str, tuple[Link, StoredLayer, PreparedLayer]] = {}
         """What was mounted over which connection, so that asking again costs nothing; another connection asks fsmount anew."""
         self._cpu = trio.CapacityLimiter(2)
-        self._indexes = IndexFetcher(manifests.registry, sources, resolver, self._cpu)
+        self.indexes = IndexFetcher(manifests.registry, sources, resolver, self._cpu)
         self._whole = WholeFetcher(store, sources, counters, work_dir, self._cpu)
 
     async def prepare(
@@ -116,16 +116,8 @@ class Layers:
         return flight
 
     async def _fly(self, flight: "_Flight", image: ImageReference | None, layer: Descriptor) -> None:
-        try:
+        async with flight.taking_off(layer.digest, self._flights):
             flight.prepared = await self._prepare(image, layer)
-        except ShoalError as exc:
-            flight.error = exc
-        except Exception as exc:  # the component's edge: a defect must not take the agent's other layers with it
-            log.exception("layer_preparation_failed", layer=layer.digest)
-            flight.error = ShoalError(f"preparing {layer.digest} failed: {exc!r}")
-        finally:
-            del self._flights[layer.digest]
-            flight.done.set()
 
     async def _prepare(self, image: ImageReference | None, layer: Descriptor) -> PreparedLayer:
         digest = parse_digest(layer.digest)
@@ -175,7 +167,7 @@ class Layers:
         return dict(zip((layer.digest for layer in resolved.layers), diff_ids, strict=True)).get(digest, "")
 
     async def _fetch_lazy(self, image: ImageReference, facts: LayerFacts, layer_format: Format) -> StoredLayer:
-        read = await self._indexes.fetch(image, facts, layer_format)
+        read = await self.indexes.fetch(image, facts, layer_format)
         for warning in read.index.warnings[:5]:
             log.warning("layer_entry_changed", layer=facts.digest, image=str(image), reason=warning)
         extra: dict[str, str | int] = {"image": str(image), "format": read.index.format}
@@ -194,7 +186,7 @@ class Layers:
         layer_format = find_format(facts)
         if layer_format is None:
             return False
-        read = await self._indexes.fetch(image, facts, layer_format)
+        read = await self.indexes.fetch(image, facts, layer_format)
         return await trio.to_thread.run_sync(stored.repair_image, read.meta, limiter=self._cpu)
 
     async def _present(self, stored: StoredLayer) -> PreparedLayer:
@@ -256,22 +248,15 @@ class Layers:
         if flight is None:
             flight = self._rebuilds[stored.digest] = _Flight()
             self._nursery.start_soon(self._fly_again, flight, stored)
-        await flight.done.wait()
-        if flight.error is not None:
-            raise flight.error
+        await flight.ended()
 
     async def _fly_again(self, flight: "_Flight", stored: StoredLayer) -> None:
-        try:
+        async with flight.taking_off(stored.digest, self._rebuilds):
             image = stored.extra.get("image")
             if not image:
                 raise SourceRefused(f"layer {stored.digest} is incomplete and no image says where it is")
             layer = Descriptor(str(stored.extra.get("media_type", "")), stored.digest, stored.blob_size)
             await self._whole.fetch(ImageReference.parse(str(image)), layer, stored.digest)
-        except ShoalError as exc:
-            flight.error = exc
-        finally:
-            del self._rebuilds[stored.digest]
-            flight.done.set()
 
     def cached_bytes(self, name: str) -> int:
         """Disk bytes that a layer takes now, 0 if it is unknown."""
@@ -287,10 +272,29 @@ class _Flight:
     prepared: PreparedLayer | None = None
     error: ShoalError | None = None
 
-    async def result(self) -> PreparedLayer:
+    @asynccontextmanager
+    async def taking_off(self, digest: str, flights: dict[str, "_Flight"]) -> AsyncIterator[None]:
+        """The work itself goes inside: its failure is kept for those who wait, and does not go further."""
+        try:
+            yield
+        except ShoalError as exc:
+            self.error = exc
+        except Exception as exc:  # the component's edge: a defect must not take the agent's other layers with it
+            log.exception("layer_preparation_failed", layer=digest)
+            self.error = ShoalError(f"preparing {digest} failed: {exc!r}")
+        finally:
+            del flights[digest]
+            self.done.set()
+
+    async def ended(self) -> None:
         await self.done.wait()
+        if self.error is not None:
+            raise self.error
+
+    async def result(self) -> PreparedLayer:
+        await self.ended()
         if self.prepared is None:
-            raise self.error or ShoalError("preparation ended without a result")
+            raise ShoalError("preparation ended without a result")
         return self.prepared
 
 

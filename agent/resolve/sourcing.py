@@ -14,7 +14,7 @@ from agent.registry import ImageReference, RegistryClient
 from agent.resolve.sources import Source
 from agent.store import StoredLayer
 from agent.swarm import Holder, Swarm, rank
-from agent.transfer import PeerClient
+from agent.transfer import PeerBusy, PeerClient
 
 log = structlog.get_logger()
 
@@ -175,7 +175,7 @@ class NodeSources:
             log.error("registry_sent_wrong_bytes", layer=layer.digest, registry=source.name, reason=str(error))
         elif source.kind == "peer" and isinstance(error, SourceLied):
             self._swarm.report_liar(source.name, layer.digest)
-        elif source.kind == "peer":
+        elif source.kind == "peer" and not isinstance(error, PeerBusy):  # a busy peer is a good one with many friends
             self._swarm.report_failure(source.name)
 
     def piece_held(self, layer: StoredLayer, piece: int) -> None:
