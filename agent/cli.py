@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -47,6 +48,10 @@ never evicted from the cache.""",
     "status": """One line each on processes, fleet, cache, and bytes got and served since the agent started, then one for each layer: the
 share that is here, its size, its format, the image that brought it.""",
     "peers": "One line each: peer id, address for pieces, round trip, zone, and how many of the layers that this node wants it holds.",
+    "convert": """SOURCE and TARGET are each an image reference (registry.example/app:1), an OCI image layout directory
+(oci:DIRECTORY[:TAG]) or an image of containerd (containerd:NAME, in --namespace). An image index stays one: all its platforms are
+converted, or those of --platform. Layers that are in the format already, and those that must not be distributed, are kept as they
+are. The same input gives the same digests. Works without an agent. Plain runtimes run estargz and zstd-chunked images as well.""",
     "inspect": """Reads the indexes of its layers, if this node does not have them yet, and asks the fleet. With --verify everything is
 fetched: every chunk, every blob and the tar inside it are compared with what the image says; exit code 1 if anything differs.""",
     "scrub": """Reads the whole cache, slowly enough not to disturb. Damaged chunks are never served from then on and are fetched again from
@@ -122,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     mount.add_argument("--quiet", "-q", action="store_true", help="print nothing but errors")
     unmount = add("unmount", _unmount, "unmount what `shoal mount` mounted")
     unmount.add_argument("directory", metavar="DIR", help="the directory given to `shoal mount`")
+    _add_convert(add)
     inspect = add("inspect", _inspect, "show an image's layers: format, chunks, what is lazy and why not, what the fleet has")
     inspect.add_argument("image", metavar="IMAGE", help="image reference, for example registry.example/app:1")
     inspect.add_argument("--verify", action="store_true", help="fetch everything and compare it with its digests")
@@ -136,6 +142,33 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="as JSON, for scripts")
     commands.add_parser("demo", help="bring up a small fleet on this machine and start a container on it", add_help=False)
     return parser
+
+
+def _add_convert(add: Any) -> None:
+    settings = ("registry_hosts_dir", "docker_config", "insecure_registries", "containerd_address")
+    convert = add("convert", _convert, "convert an image into a format that can be mounted lazily", settings)
+    convert.add_argument("source", metavar="SOURCE", help="what to convert: IMAGE, oci:DIRECTORY[:TAG] or containerd:NAME")
+    convert.add_argument("target", metavar="TARGET", help="where the result goes, in the same forms")
+    convert.add_argument("--to", required=True, choices=("estargz", "zstd-chunked", "nydus"), help="the format")
+    convert.add_argument(
+        "--platform",
+        action="append",
+        default=[],
+        metavar="OS/ARCH",
+        help="only this platform, for example linux/arm64; may be repeated (default: all)",
+    )
+    convert.add_argument(
+        "--prefetch", metavar="FILE", help='files to load first: one path a line, or a recorded profile ({"paths": [...]})'
+    )
+    convert.add_argument("--force", action="store_true", help="convert layers anew that are in the format already")
+    convert.add_argument("--namespace", default="default", help="containerd namespace; Kubernetes uses k8s.io (default: default)")
+    convert.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        default="/var/tmp",  # noqa: S108 - a private folder is made in it
+        help="where temporary files go: the largest layers, unpacked (default: /var/tmp)",
+    )
+    convert.add_argument("--quiet", "-q", action="store_true", help="print nothing but errors")
 
 
 def _version() -> str:
@@ -234,6 +267,29 @@ def _pull(args: argparse.Namespace) -> int:
             f"{result['image']} is ready in containerd (namespace {args.namespace}): {result['layers']} layers, "
             f"{result['lazy']} of them lazy, in {result['seconds']:.2f} s"
         )
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from agent.images.convert.command import Request, convert  # noqa: PLC0415 - imports the registry client
+    from agent.images.convert.prefetch_list import read_prefetch  # noqa: PLC0415
+
+    prioritized = read_prefetch(Path(args.prefetch)) if args.prefetch else ()
+    request = Request(
+        args.source, args.target, args.to, tuple(args.platform), prioritized, args.force, args.namespace, Path(args.work_dir)
+    )
+    started = time.monotonic()
+    with _Progress(args.source, quiet=args.quiet) as progress:
+        report = convert(_settings(args), request, progress)
+    if args.quiet:
+        return 0
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(
+        f"{args.target} is written ({args.to}; {', '.join(report.images)}): {report.converted} layers converted, "
+        f"{_size(report.source_bytes)} became {_size(report.target_bytes)}, {report.kept} kept, in {time.monotonic() - started:.1f} s"
+    )
+    print(report.root.digest)
     return 0
 
 

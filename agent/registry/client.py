@@ -112,6 +112,15 @@ class RegistryClient:
             raise SourceLied(f"{host.name} sent a manifest with digest {digest} as {promised[:100]}", source=host.name)
         return digest, raw, parse_manifest(raw, answer.headers.get("content-type", "") or media_type)
 
+    async def fetch_manifest(self, ref: ImageReference) -> tuple[Digest, bytes, Manifest | ImageIndex]:
+        """What the reference names itself, be it an image index: its digest, its bytes, verified, and what they say.
+
+        Raises:
+            SourceError: no host gave it.
+            FormatError: it is no manifest.
+        """
+        return await self._manifest(ref.registry, ref.repository, ref.locator, ref.digest)
+
     async def fetch_small(self, ref: ImageReference, descriptor: Descriptor, max_bytes: int) -> bytes:
         """A blob whole and verified: a config, a TOC.
 
@@ -187,6 +196,14 @@ class RegistryClient:
                 else await trio.to_thread.run_sync(_digest_file, source, limiter=self._disk)
             )
         return await self._pusher.push_blob(await self._own_host(ref.registry), ref.repository, source, digest, chunk_bytes)
+
+    async def has_blob(self, ref: ImageReference, digest: Digest) -> bool:
+        """Is the blob in the repository of the registry to which `push_blob` would upload it?
+
+        Raises:
+            SourceError: the registry did not tell.
+        """
+        return await self._pusher.has_blob(await self._own_host(ref.registry), ref.repository, digest)
 
     async def push_manifest(self, ref: ImageReference, raw: bytes, media_type: str) -> Digest:
         """Put a manifest or image index under the reference's tag, or under its digest if it has none; gives the digest.

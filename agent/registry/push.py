@@ -33,6 +33,19 @@ class Pusher:
     _exchanger: Exchanger
     _disk: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(4), repr=False)
 
+    async def has_blob(self, host: RegistryHost, repository: str, digest: Digest) -> bool:
+        """Does the repository have the blob? Asks with the right to push, as an upload follows.
+
+        Raises:
+            SourceError: the registry did not tell.
+        """
+        request = Request(
+            Scope(repository, "pull,push"), f"{repository}/blobs/{digest}", "HEAD", accepted=(*_EXISTS, 404), follows=False
+        )
+        probe = await self._exchanger.send(host, request)
+        await probe.aclose()
+        return probe.status in _EXISTS
+
     async def push_blob(
         self, host: RegistryHost, repository: str, source: Path | bytes, digest: Digest, chunk_bytes: int | None = None
     ) -> bool:
@@ -41,13 +54,9 @@ class Pusher:
         Raises:
             SourceError: the registry did not take it.
         """
-        scope = Scope(repository, "pull,push")
-        probe = await self._exchanger.send(
-            host, Request(scope, f"{repository}/blobs/{digest}", "HEAD", accepted=(*_EXISTS, 404), follows=False)
-        )
-        await probe.aclose()
-        if probe.status in _EXISTS:
+        if await self.has_blob(host, repository, digest):
             return False
+        scope = Scope(repository, "pull,push")
         size = len(source) if isinstance(source, bytes) else (await trio.Path(source).stat()).st_size
         for attempt in range(1, _MAX_UPLOADS + 1):
             try:

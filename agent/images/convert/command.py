@@ -1,0 +1,152 @@
+"""What `shoal convert` runs: opens the places, keeps the scratch folder, ends well when it is interrupted."""
+
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import trio
+
+from agent.config import Settings
+from agent.errors import SettingsError, ShoalError, StoreError
+from agent.images.convert.converting import Conversion, Report, Wish
+from agent.images.convert.layout_place import LayoutPlace
+from agent.images.convert.places import LayoutName, PlaceName, parse_place
+from agent.images.convert.registry_place import RegistryPlace
+from agent.images.convert.writers import WRITERS
+from agent.registry import ImageReference, Platform, RegistryClient, open_registry_client
+
+SCRATCH: Final = Path("/var/tmp")  # noqa: S108 - a private folder is made in it
+
+
+@attrs.frozen
+class Request:
+    """The command line."""
+
+    source: str
+    target: str
+    form: str
+    platforms: tuple[str, ...] = ()
+    prioritized: tuple[str, ...] = ()
+    is_forced: bool = False
+    namespace: str = "default"
+    scratch: Path = SCRATCH
+
+
+def convert(settings: Settings, request: Request, progress: Callable[[dict[str, Any]], None]) -> Report:
+    """Convert an image; returns when the target has it.
+
+    Raises:
+        SettingsError: the command line is wrong.
+        ShoalError: it failed; the target has no new image, and no temporary file is left.
+        KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came; the same holds.
+    """
+    source = parse_place(request.source, is_target=False)
+    target = parse_place(request.target, is_target=True)
+    wish = Wish(tuple(parse_platform(text) for text in request.platforms), request.prioritized, request.is_forced)
+    if request.form not in WRITERS:
+        raise SettingsError(f"{request.form!r} is no format to convert to; there are {', '.join(WRITERS)}")
+    folder: str | None = None
+    try:
+        folder = tempfile.mkdtemp(prefix="shoal-convert-", dir=request.scratch)
+        return trio.run(_convert, settings, request, source, target, wish, Path(folder), progress)
+    except BaseExceptionGroup as group:
+        raise _most_telling(group) from group
+    except OSError as exc:
+        raise _readable(exc) from exc
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _convert(
+    settings: Settings,
+    request: Request,
+    source: PlaceName,
+    target: PlaceName,
+    wish: Wish,
+    folder: Path,
+    progress: Callable[[dict[str, Any]], None],
+) -> Report:
+    async with AsyncExitStack() as stack:
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        await nursery.start(_watch_signals)
+        opener = _Opener(settings, request, stack)
+        taking = await opener.open(target, is_target=True)
+        giving = await opener.open(source, is_target=False)
+        report = await Conversion(giving, taking, WRITERS[request.form](), wish, folder, progress).run()
+        nursery.cancel_scope.cancel()
+    return report
+
+
+async def _watch_signals(task_status: Any) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as signals:
+        task_status.started()
+        async for _ in signals:
+            raise KeyboardInterrupt
+
+
+@attrs.define
+class _Opener:
+    _settings: Settings
+    _request: Request
+    _stack: AsyncExitStack
+    _registry: RegistryClient | None = None
+
+    async def open(self, name: PlaceName, *, is_target: bool) -> Any:
+        if isinstance(name, LayoutName):
+            place = LayoutPlace(name)
+            if is_target:
+                place.check_target()
+            return place
+        if isinstance(name, ImageReference):
+            if self._registry is None:
+                config = self._settings.docker_config or Path.home() / ".docker" / "config.json"
+                self._registry = await self._stack.enter_async_context(
+                    open_registry_client(self._settings.registry_hosts_dir, config, insecure=self._settings.insecure_registries)
+                )
+            return RegistryPlace(self._registry, name)
+        raise SettingsError(f"{name}: not yet")
+
+
+def parse_platform(text: str) -> Platform:
+    """`linux/arm64` or `linux/arm/v7`.
+
+    Raises:
+        SettingsError: it is neither.
+    """
+    parts = text.split("/")
+    if len(parts) not in (2, 3) or not all(part.isalnum() for part in parts):
+        raise SettingsError(f"{text!r} is no platform; write linux/arm64 or linux/arm/v7")
+    return Platform(*parts)
+
+
+def _most_telling(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Of errors that happened side by side: an interrupt, else one of ours, else all."""
+    found = list(_leaves(group))
+    for kind in (KeyboardInterrupt, SettingsError, ShoalError):
+        for error in found:
+            if isinstance(error, kind):
+                # What is a defect must not hide behind an error of ours.
+                return (
+                    error if kind is KeyboardInterrupt or all(isinstance(one, ShoalError | OSError) for one in found) else group
+                )
+    system = [error for error in found if isinstance(error, OSError)]
+    return _readable(system[0]) if len(system) == len(found) else group
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Any:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+def _readable(error: OSError) -> StoreError:
+    where = f"{error.filename}: " if error.filename else ""
+    return StoreError(f"cannot convert: {where}{error.strerror or error}", errno=error.errno or 0)
