@@ -38,7 +38,7 @@ _STEP: Final = 1 << 20
 
 @attrs.frozen
 class WrittenBootstrap:
-    """The bootstrap's layer. `blob_ids` are the blobs it speaks of, in order."""
+    """The bootstrap's layer. `blob_ids` are the blobs it speaks of, in order, each once."""
 
     digest: Digest
     size: int
@@ -88,7 +88,7 @@ def write_bootstrap(layers: Sequence[WrittenBlob], out: BinaryIO, prefetch: Sequ
         stored_size,
         Digest("sha256:" + plain_hash.hexdigest()),
         plain_size,
-        tuple(layer.blob_id for layer in layers if layer.digest is not None),
+        tuple(dict.fromkeys(layer.blob_id for layer in layers if layer.digest is not None)),
         made.missing,
         made.warnings,
     )

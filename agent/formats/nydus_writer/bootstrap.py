@@ -154,7 +154,8 @@ class _Image:
         image[end : end + len(chunk_rows)] = chunk_rows
         self._pack_inodes()
         self._pack_directories()
-        self._pack_super(len(records))
+        # Each name counts: the reference reader refuses a directory with more names than there are inodes.
+        self._pack_super(1 + sum(len(record.inode.children) for record in self._directories))
         EXTENDED_SUPER.pack_into(
             image,
             EXTENDED_SUPER_OFFSET,
@@ -388,9 +389,8 @@ class _Image:
                 image[at : at + len(data)] = data
 
     def _pack_super(self, inodes: int) -> None:
-        blocks = len(self.data) >> BLOCK_BITS
-        if blocks >= 1 << 32 or self._nid(self._directories[0]) > 0xFFFF:
-            raise FormatError("the image needs more metadata than EROFS can hold")
+        if self._nid(self._directories[0]) > 0xFFFF:
+            raise FormatError("the image's root is out of reach")
         SUPERBLOCK.pack_into(
             self.data,
             SUPER_OFFSET,
@@ -403,7 +403,8 @@ class _Image:
             inodes,
             0,
             0,
-            blocks,
+            # Of the devices, as the reference builder has it: its reader refuses blocks without devices.
+            sum(blob.uncompressed_size for blob in self._tables.blobs) >> BLOCK_BITS,
             self._meta_block,
             0,
             bytes(16),

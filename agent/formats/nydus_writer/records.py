@@ -34,7 +34,7 @@ FLAG_PLAIN_TEXT: Final = 0x0100_0000
 COMPRESSOR_FLAGS: Final[dict[Compressor, int]] = {"none": 0x1, "zstd": 0x80}
 
 META_MAGIC: Final = 0xB10B_B10B
-META_HEADER: Final = struct.Struct("<IIIIQQQQQI4028xI")
+META_HEADER: Final = struct.Struct("<IIIIQQQQQI4032xI")
 """magic, features, compressor of the chunk infos, their count, offset, stored and plain size, then zran's or the batch's
 offset, size and count, zeros, magic again."""
 CHUNK_INFO: Final = struct.Struct("<QQ")

@@ -31,7 +31,8 @@ class BlobTables:
 
     def __init__(self, layers: Sequence[WrittenBlob]) -> None:
         self._layers = layers
-        self.blobs = [layer for layer in layers if layer.digest is not None]
+        # Layers of equal data have one blob.
+        self.blobs = list({layer.digest: layer for layer in layers if layer.digest is not None}.values())
         if len(self.blobs) > MAX_BLOBS:
             raise FormatError(f"{len(self.blobs)} layers with data; nydus can hold {MAX_BLOBS}")
         if len({(layer.chunk_size, layer.compressor) for layer in layers}) > 1:
