@@ -13,12 +13,14 @@ import trio
 
 from agent.config import Settings
 from agent.errors import SettingsError, ShoalError, StoreError
+from agent.images.convert.containerd_place import ContainerdPlace
 from agent.images.convert.converting import Conversion, Report, Wish
 from agent.images.convert.layout_place import LayoutPlace
 from agent.images.convert.places import LayoutName, PlaceName, parse_place
 from agent.images.convert.registry_place import RegistryPlace
 from agent.images.convert.writers import WRITERS
 from agent.registry import ImageReference, Platform, RegistryClient, open_registry_client
+from agent.runtimes.containerd.contents import ContentClient, open_content_client
 
 SCRATCH: Final = Path("/var/tmp")  # noqa: S108 - a private folder is made in it
 
@@ -96,6 +98,7 @@ class _Opener:
     _request: Request
     _stack: AsyncExitStack
     _registry: RegistryClient | None = None
+    _containerd: ContentClient | None = None
 
     async def open(self, name: PlaceName, *, is_target: bool) -> Any:
         if isinstance(name, LayoutName):
@@ -110,7 +113,12 @@ class _Opener:
                     open_registry_client(self._settings.registry_hosts_dir, config, insecure=self._settings.insecure_registries)
                 )
             return RegistryPlace(self._registry, name)
-        raise SettingsError(f"{name}: not yet")
+        if self._containerd is None:
+            address = str(self._settings.containerd_address)
+            self._containerd = await self._stack.enter_async_context(open_content_client(address))
+        namespace = self._request.namespace
+        lease = await self._stack.enter_async_context(self._containerd.open_lease(namespace)) if is_target else ""
+        return ContainerdPlace(self._containerd, namespace, name.name, lease)
 
 
 def parse_platform(text: str) -> Platform:

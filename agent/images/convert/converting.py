@@ -48,6 +48,8 @@ from agent.registry.manifests import INDEX_TYPES, MANIFEST_TYPES
 _MAX_NESTING: Final = 3
 _EXTRA_LAYERS: Final = 2
 """Layers under way beside those that threads work on: being fetched or pushed."""
+_MAX_WARNINGS: Final = 20
+"""Of one layer; a hostile one may have millions."""
 
 Event = dict[str, Any]
 Progress = Callable[[Event], None]
@@ -234,21 +236,30 @@ class Conversion:
         if not is_wanted(platform_of(config), self._wish.platforms):
             return None
         diff_ids = diff_ids_of(config, len(parsed.layers))
-        made: list[tuple[NewLayer, Written | None]] = [(NewLayer({}, ""), None)] * len(diff_ids)
+        made: list[tuple[NewLayer | None, Written | None]] = [(None, None)] * len(diff_ids)
 
         async def convert(at: int) -> None:
             made[at] = await self._layer(parsed.layers[at], raw["layers"][at], diff_ids[at])
 
         await _all_of([partial(convert, at) for at in range(len(diff_ids))])
-        layers = [layer for layer, _ in made]
+        # A format in which layers are nothing but data has each blob once, and none for a layer without.
+        is_data = self._writer.name == "nydus"
+        layers, dropped = [], set()
+        for at, (layer, _) in enumerate(made):
+            if layer is None or (is_data and layer in layers):
+                dropped.add(at)
+            else:
+                layers.append(layer)
         self._images.append(str(platform_of(config)))
-        if [layer.descriptor for layer in layers] == raw["layers"]:
+        if not dropped and [layer.descriptor for layer in layers] == raw["layers"]:
             await self._copy_blob(parsed.config)
             return document
         last = await self._last([written for _, written in made if written is not None])
+        step = None
         if last is not None:
             layers.append(last)
-        new_config = rewrite_config(config, layers)
+            step = {"created_by": f"shoal convert --to {self._writer.name}", "comment": "bootstrap layer"}
+        new_config = rewrite_config(config, [layer.diff_id for layer in layers], dropped, step)
         if not await self._target.has_blob(digest_of(new_config)):
             await self._target.put_blob(digest_of(new_config), len(new_config), new_config)
         fit = to_oci if self._writer.needs_oci else str
@@ -259,7 +270,8 @@ class Conversion:
 
     # --- layers -----------------------------------------------------------------------------------------------------------
 
-    async def _layer(self, layer: Descriptor, raw: Json, diff_id: Digest) -> tuple[NewLayer, Written | None]:
+    async def _layer(self, layer: Descriptor, raw: Json, diff_id: Digest) -> tuple[NewLayer | None, Written | None]:
+        """The layer as it becomes, None if it needs no blob; and what was written, if it was."""
         kind = layer_kind(layer.media_type)
         if kind is LayerKind.FOREIGN:
             return await self._foreign(layer, raw, diff_id), None
@@ -271,6 +283,8 @@ class Conversion:
             fit = to_oci(layer.media_type) if self._writer.needs_oci else layer.media_type
             return NewLayer(raw if fit == layer.media_type else raw | {"mediaType": fit}, diff_id), None
         written: Written = await self._only_once((layer.digest, diff_id), partial(self._convert, layer, diff_id))
+        if written.digest is None or written.diff_id is None:
+            return None, written
         descriptor = converted_descriptor(
             raw, self._writer.media_type(layer.media_type), written.digest, written.size, written.annotations
         )
@@ -305,12 +319,13 @@ class Conversion:
                 blob.unlink(missing_ok=True)
                 written: Written = await self._in_thread(self._write, tar, new, self._ticker(what, "converting", 2 * size))
                 tar.unlink()
-                await self._put(written, new, what)
+                await self._put(written.digest, written.size, new, what)
             finally:
                 for path in (blob, tar, new):
                     path.unlink(missing_ok=True)
         self._converted.add(layer.digest)
         self._missing.append(frozenset(written.missing))
+        self._warn(written)
         self._sizes.append((layer.size, written.size))
         return written
 
@@ -323,24 +338,28 @@ class Conversion:
 
         def write() -> Written | None:
             with new.open("wb") as output:
-                return self._writer.write_last(layers, output)
+                return self._writer.write_last(layers, output, self._wish.prioritized)
 
         try:
             written: Written | None = await self._in_thread(write)
-            if written is None:
+            if written is None or written.digest is None or written.diff_id is None:
                 return None
-            await self._put(written, new, "bootstrap")
+            await self._put(written.digest, written.size, new, "bootstrap")
         finally:
             new.unlink(missing_ok=True)
         descriptor = {"mediaType": f"{OCI_LAYER}+gzip", "digest": written.digest, "size": written.size}
-        history = {"created_by": f"shoal convert --to {self._writer.name}", "comment": "bootstrap layer"}
-        return NewLayer(descriptor | {"annotations": dict(written.annotations)}, written.diff_id, history)
+        self._warn(written)
+        return NewLayer(descriptor | {"annotations": dict(written.annotations)}, written.diff_id)
 
-    async def _put(self, written: Written, path: Path, what: str) -> None:
-        self._progress({"what": what, "done": 0, "total": written.size, "state": "pushing"})
-        if not await self._target.has_blob(written.digest):
-            await self._target.put_blob(written.digest, written.size, path)
-        self._progress({"what": what, "done": written.size, "total": written.size, "state": "done"})
+    async def _put(self, digest: Digest | None, size: int, path: Path, what: str) -> None:
+        self._progress({"what": what, "done": 0, "total": size, "state": "pushing"})
+        if digest is not None and not await self._target.has_blob(digest):
+            await self._target.put_blob(digest, size, path)
+        self._progress({"what": what, "done": size, "total": size, "state": "done"})
+
+    def _warn(self, written: Written) -> None:
+        for text in written.warnings[:_MAX_WARNINGS]:
+            self._note(text)
 
     async def _copy_blob(self, blob: Descriptor) -> None:
         await self._only_once((blob.digest,), partial(self._copy_once, blob))

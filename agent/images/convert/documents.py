@@ -4,7 +4,7 @@ They are rewritten as they came, unknown keys and the order of keys included, be
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum, auto
 from typing import Any, Final
 
@@ -73,11 +73,10 @@ class LayerKind(Enum):
 
 @attrs.frozen
 class NewLayer:
-    """A layer of the result: its descriptor, its diff ID, and what it adds to the history (nothing: it replaces one)."""
+    """A layer of the result: its descriptor, and its diff ID."""
 
     descriptor: Json
     diff_id: str
-    history: Json | None = None
 
 
 def parse_json(raw: bytes, what: str) -> Json:
@@ -207,13 +206,20 @@ def _without_stale(annotations: Mapping[str, Any]) -> Json:
     return {key: value for key, value in annotations.items() if not key.startswith(_STALE)}
 
 
-def rewrite_config(config: Json, layers: Sequence[NewLayer]) -> bytes:
-    """The config with the layers' diff IDs, and with what they add to the history."""
-    new = config | {"rootfs": {**config["rootfs"], "diff_ids": [layer.diff_id for layer in layers]}}
-    added = [layer.history for layer in layers if layer.history is not None]
+def rewrite_config(config: Json, diff_ids: Sequence[str], dropped: Collection[int] = (), added: Json | None = None) -> bytes:
+    """The config with other diff IDs. Its history stays: the steps that made the layers `dropped` (counted from the lowest) have
+    no layer from now on, and `added` is one step more."""
+    new = config | {"rootfs": {**config["rootfs"], "diff_ids": list(diff_ids)}}
     history = config.get("history")
-    if added and isinstance(history, list):
-        new["history"] = [*history, *added]
+    if isinstance(history, list) and (dropped or added):
+        steps, layer = [], 0
+        for step in history:
+            if isinstance(step, dict) and not step.get("empty_layer"):
+                steps.append(step | {"empty_layer": True} if layer in dropped else step)
+                layer += 1
+            else:
+                steps.append(step)
+        new["history"] = steps + ([added] if added else [])
     return dump_json(new)
 
 

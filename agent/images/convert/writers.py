@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, Final, Protocol
 
 import attrs
 
+from agent.formats import nydus_writer
 from agent.formats.estargz import FOOTER_SIZE
 from agent.formats.estargz_writer import write_estargz
 from agent.formats.model import Digest
@@ -19,14 +20,16 @@ TOC_DIGEST: Final = "containerd.io/snapshot/stargz/toc.digest"
 
 @attrs.frozen
 class Written:
-    """A blob that was made. `missing` are the prioritised paths that its tar does not have; `notes` are the writer's own."""
+    """A blob that was made, or, where the digest is None, that was not needed. `missing` are the prioritised paths that its tar
+    does not have; `own` is the writer's."""
 
-    digest: Digest
+    digest: Digest | None
     size: int
-    diff_id: Digest
+    diff_id: Digest | None
     annotations: Mapping[str, str]
     missing: tuple[str, ...] = ()
-    notes: Any = attrs.field(default=None, repr=False)
+    warnings: tuple[str, ...] = ()
+    own: Any = attrs.field(default=None, repr=False)
 
 
 class ImageWriter(Protocol):
@@ -51,7 +54,7 @@ class ImageWriter(Protocol):
     def write_layer(self, tar: BinaryIO, out: BinaryIO, prioritized: Sequence[str]) -> Written:
         """Write a layer. Blocking. Raises FormatError: it is no tar, or the format cannot express it."""
 
-    def write_last(self, layers: Sequence[Written], out: BinaryIO) -> Written | None:
+    def write_last(self, layers: Sequence[Written], out: BinaryIO, prioritized: Sequence[str]) -> Written | None:
         """Write what the image needs besides its layers (bottom first), if anything. Blocking."""
 
 
@@ -80,11 +83,58 @@ class EstargzWriter:
         made = write_estargz(tar, out, prioritized=prioritized)
         return Written(made.digest, made.size, made.diff_id, made.annotations, made.missing)
 
-    def write_last(self, layers: Sequence[Written], out: BinaryIO) -> Written | None:
+    def write_last(self, layers: Sequence[Written], out: BinaryIO, prioritized: Sequence[str]) -> Written | None:
         """See `ImageWriter`."""
-        del layers, out
+        del layers, out, prioritized
         return None
 
 
-WRITERS: Final[Mapping[str, Callable[[], ImageWriter]]] = {"estargz": EstargzWriter}
+class NydusWriter:
+    """Nydus (RAFS v6): a data blob for each layer that has data, and the bootstrap of the merged tree. Only whole images are in
+    the format, so no single layer is ever kept."""
+
+    name = "nydus"
+    tail_bytes = 0
+    needs_oci = True
+    manifest_annotations: Mapping[str, str] = nydus_writer.MANIFEST_ANNOTATIONS
+
+    def media_type(self, old: str) -> str:
+        """See `ImageWriter`."""
+        del old
+        return nydus_writer.BLOB_MEDIA_TYPE
+
+    def may_be_written(self, media_type: str, annotations: Mapping[str, str]) -> bool:
+        """See `ImageWriter`."""
+        del media_type, annotations
+        return False
+
+    def is_written(self, tail: bytes) -> bool:
+        """See `ImageWriter`."""
+        del tail
+        return False
+
+    def write_layer(self, tar: BinaryIO, out: BinaryIO, prioritized: Sequence[str]) -> Written:
+        """See `ImageWriter`."""
+        made = nydus_writer.write_blob(tar, out, prioritized=[_encode(path) for path in prioritized])
+        missing = tuple(_decode(path) for path in made.missing)
+        # The diff ID of a data blob is its own digest: it is no compressed tar.
+        return Written(made.digest, made.size, made.digest, made.annotations, missing, made.warnings, made)
+
+    def write_last(self, layers: Sequence[Written], out: BinaryIO, prioritized: Sequence[str]) -> Written | None:
+        """See `ImageWriter`."""
+        blobs = [layer.own for layer in layers]
+        made = nydus_writer.write_bootstrap(blobs, out, [_encode(path) for path in prioritized])
+        missing = tuple(_decode(path) for path in made.missing)
+        return Written(made.digest, made.size, made.diff_id, made.annotations, missing, made.warnings)
+
+
+def _encode(path: str) -> bytes:
+    return path.encode("utf-8", "surrogateescape")
+
+
+def _decode(path: bytes) -> str:
+    return path.decode("utf-8", "surrogateescape")
+
+
+WRITERS: Final[Mapping[str, Callable[[], ImageWriter]]] = {"estargz": EstargzWriter, "nydus": NydusWriter}
 """By the word behind `--to`. One is made for each conversion."""

@@ -124,7 +124,7 @@ class Containerd:
             ContainerdError: containerd refused something, or a layer was not served (the agent's log says why).
         """
         lease = f"shoal-{secrets.token_hex(8)}"
-        labels = {"containerd.io/gc.expire": _rfc3339_in(LEASE_S)}
+        labels = {"containerd.io/gc.expire": rfc3339_in(LEASE_S)}
         await self.check_snapshotter(snapshotter)
         create = leases_pb2.CreateRequest(id=lease, labels=labels)
         await self._call(f"{_SERVICES}.leases.v1.Leases/Create", create, leases_pb2.CreateResponse, namespace)
@@ -245,7 +245,9 @@ class Containerd:
                 digest=resolved.index_digest,
                 size=len(resolved.index_raw),
             )
-        image = images_pb2.Image(name=name, target=target)
+        await self._put_record(namespace, images_pb2.Image(name=name, target=target))
+
+    async def _put_record(self, namespace: str, image: images_pb2.Image) -> None:
         service = f"{_SERVICES}.images.v1.Images"
         try:
             await self._call(
@@ -274,7 +276,7 @@ class Containerd:
             await trio.sleep(REDIAL_STEP_S)
 
     async def _call_once(self, method: str, request: Message, response: type[_Response], namespace: str, lease: str) -> _Response:
-        invoke = self._channel.unary_unary(f"/{method}", _serialize, response.FromString)
+        invoke = self._channel.unary_unary(f"/{method}", serialize, response.FromString)
         done = trio.Event()
         token = trio.lowlevel.current_trio_token()
 
@@ -282,7 +284,7 @@ class Containerd:
             with suppress(trio.RunFinishedError):
                 token.run_sync_soon(done.set)
 
-        call: Any = invoke.future(request, metadata=_headers(namespace, lease))
+        call: Any = invoke.future(request, metadata=headers_of(namespace, lease))
         call.add_done_callback(wake)
         try:
             await done.wait()
@@ -297,8 +299,8 @@ class Containerd:
 
     async def _stream(self, method: str, request: Message, response: type[Message], namespace: str, lease: str) -> None:
         """One message there, any number back, which nobody needs. Their iterator blocks, hence the thread."""
-        call: Any = self._channel.unary_stream(f"/{method}", _serialize, response.FromString)(
-            request, metadata=_headers(namespace, lease)
+        call: Any = self._channel.unary_stream(f"/{method}", serialize, response.FromString)(
+            request, metadata=headers_of(namespace, lease)
         )
 
         def drain() -> None:
@@ -324,6 +326,13 @@ class Containerd:
 @asynccontextmanager
 async def open_containerd(address: str) -> AsyncIterator[Containerd]:
     """A client of the containerd at the socket `address` (a path, with or without `unix://`). Connects at the first call."""
+    async with open_channel(address) as channel:
+        yield Containerd(channel, address.removeprefix("unix://"))
+
+
+@asynccontextmanager
+async def open_channel(address: str) -> AsyncIterator[grpc.Channel]:
+    """The connection below a client."""
     path = address.removeprefix("unix://")
     channel = grpc.insecure_channel(
         f"unix:{path}",
@@ -335,17 +344,19 @@ async def open_containerd(address: str) -> AsyncIterator[Containerd]:
         ],
     )
     try:
-        yield Containerd(channel, path)
+        yield channel
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(channel.close)
 
 
-def _serialize(message: Message) -> bytes:
+def serialize(message: Message) -> bytes:
+    """What grpcio calls to make the bytes of a request."""
     return message.SerializeToString()
 
 
-def _headers(namespace: str, lease: str) -> list[tuple[str, str]]:
+def headers_of(namespace: str, lease: str) -> list[tuple[str, str]]:
+    """The metadata of a call."""
     headers = {"containerd-namespace": namespace, "containerd-lease": lease}
     return [(key, value) for key, value in headers.items() if value]
 
@@ -369,5 +380,6 @@ async def together(*tasks: Callable[[], Awaitable[object]]) -> None:
         raise min(errors, key=lambda exc: isinstance(exc, ContainerdError))
 
 
-def _rfc3339_in(seconds: int) -> str:
+def rfc3339_in(seconds: int) -> str:
+    """The time so many seconds from now, as labels have it."""
     return (dt.datetime.now(dt.UTC) + dt.timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
