@@ -110,24 +110,21 @@ class _StoreView:
         """See `agent.transfer.BlobReader`."""
         layer = self._store.layer(blob)
         if layer is None:
-            record = self._records.get(blob)
-            return None if record is None else len(record)
+            return self._records.size(blob)
         return layer.blob_size
 
     def has_range(self, blob: Digest, start: int, stop: int) -> bool:
         """See `agent.transfer.BlobReader`."""
         layer = self._store.layer(blob)
         if layer is None:
-            return self._records.get(blob) is not None
+            return self._records.size(blob) is not None
         return all(layer.has_piece(piece) for piece in layer.pieces.covering(start, stop))
 
     async def read_range(self, blob: Digest, start: int, stop: int) -> bytes | None:
         """See `agent.transfer.BlobReader`. What was fetched lately is in the page cache; a thread hop costs more than the read."""
         layer = self._store.layer(blob)
         if layer is None:
-            await trio.lowlevel.checkpoint()
-            record = self._records.get(blob)
-            return None if record is None else record[start:stop]
+            return await self._records.read(blob, start, stop)
         return await trio.to_thread.run_sync(layer.read_blob, start, stop, limiter=self._disk)
 
 

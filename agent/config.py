@@ -118,6 +118,12 @@ class Settings(NamedTuple):
     read_deadline: float = _setting(30.0, parse_duration, "TIME", "after this a read that nobody can serve fails with EIO")
     background_fetch: bool = _setting(True, parse_switch, "", "fetch the rest of a layer when the node is idle")
     prefetch: bool = _setting(True, parse_switch, "", "fetch what the image marks as needed at start before it is read")
+    trust_fleet_indexes: bool = _setting(
+        False,
+        parse_switch,
+        "",
+        "mount plain layers at once by an index that another node made and signed; any member could then falsify their files",
+    )
     presentation: str = _setting(
         "auto",
         _choice("auto", "erofs-file", "erofs-loop", "fuse-tree"),

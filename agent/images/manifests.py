@@ -39,7 +39,7 @@ class Manifests:
             SourceError: neither the registry nor the fleet has it.
             FormatError: it is no manifest, or has nothing for this platform.
         """
-        if image.digest is not None and (raw := self.records.get(image.digest)) is not None:
+        if image.digest is not None and (raw := await self.records.get(image.digest)) is not None:
             known = parse_manifest(raw)
             if isinstance(known, Manifest):
                 await trio.lowlevel.checkpoint()
@@ -57,7 +57,7 @@ class Manifests:
 
     async def config(self, image: ImageReference, resolved: ResolvedManifest) -> tuple[bytes, list[str]]:
         """The image's configuration, from a peer or the registry, and the diff IDs that it names."""
-        config = self.records.get(resolved.config.digest)
+        config = await self.records.get(resolved.config.digest)
         if config is None:
             config = await self.records.fetch(resolved.config.digest, self.swarm, self.peers)
             source = "peer"

@@ -1,7 +1,8 @@
 """Who belongs to the fleet: everything both planes need to know each other, derived from one secret.
 
     fleet secret ── HKDF-SHA256 ──┬── pre-shared key of libp2p's private network (control plane)
-                                  └── Ed25519 key of the fleet CA (data plane)
+                                  ├── Ed25519 key of the fleet CA (data plane)
+                                  └── HMAC key of documents that pass through several hands (layer indexes)
 
 The CA certificate is the same bytes on every node: fixed dates and serial, deterministic signature. A node's leaf
 certificate holds the node's own identity key, so its peer id follows from the certificate's public key. Every member could
@@ -90,10 +91,12 @@ def read_fleet_secret(path: Path) -> FleetSecret:
 
 @attrs.frozen(repr=False)
 class FleetCredentials:
-    """What a member needs to talk to members: the network key and the TLS contexts of both directions."""
+    """What a member needs to talk to members: the network key, the key that seals what members tell each other through others,
+    and the TLS contexts of both directions."""
 
     identity: Identity
     network_key: str
+    seal_key: bytes
     server_context: ssl.SSLContext
     client_context: ssl.SSLContext
 
@@ -196,6 +199,7 @@ def make_credentials(secret: FleetSecret, identity: Identity, *, now: datetime |
     return FleetCredentials(
         identity,
         secret.network_key,
+        secret.derive(b"seal"),
         server_context=_context(ssl.PROTOCOL_TLS_SERVER, ca_pem, chain),
         client_context=_context(ssl.PROTOCOL_TLS_CLIENT, ca_pem, chain),
     )
