@@ -24,6 +24,7 @@ from agent.config import UNLIMITED, Settings
 from agent.errors import SettingsError, ShoalError
 from agent.formats.model import Digest
 from agent.images.commands import ImageCommands
+from agent.images.fleet_index import FleetIndexes
 from agent.images.fsmount_link import FsmountLink, open_fsmount_link
 from agent.images.inspecting import Inspector
 from agent.images.layers import Layers, PreparedLayer, open_layers
@@ -364,6 +365,15 @@ async def _serve(settings: Settings, version: str) -> None:
                 sources,
                 resolver,
                 link.current,
+                FleetIndexes(
+                    records,
+                    swarm,
+                    client,
+                    identity,
+                    credentials.seal_key if credentials else None,
+                    counters,
+                    settings.trust_fleet_indexes,
+                ),
                 presentation=settings.presentation,
                 prefetch=settings.prefetch,
                 background=settings.background_fetch,

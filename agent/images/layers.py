@@ -22,6 +22,7 @@ from agent.formats.catalogue import find_format
 from agent.formats.model import Digest, FormatError, parse_digest
 from agent.formats.opening import Format, LayerFacts
 from agent.images.adopt import adopt_chunks, has_donors
+from agent.images.fleet_index import FleetIndexes
 from agent.images.index_reading import IndexFetcher, IndexSources
 from agent.images.manifests import Manifests, facts_of
 from agent.images.whole import WholeFetcher, WholeSources
@@ -69,6 +70,7 @@ class Layers:
         sources: LayerSources,
         resolver: Resolver,
         link: Callable[[], Awaitable[Link]],
+        fleet_indexes: FleetIndexes,
         counters: Counters,
         *,
         presentation: str,
@@ -82,6 +84,7 @@ class Layers:
         self._sources = sources
         self._resolver = resolver
         self._link = link
+        self._fleet_indexes = fleet_indexes
         self._presentation = presentation
         self._prefetch = prefetch
         self._background = background
@@ -143,8 +146,25 @@ class Layers:
                 if layer_format.is_only_form:
                     raise
                 log.warning("layer_not_lazy", layer=digest, image=str(image), reason=str(exc))
-        plain = Descriptor(facts.media_type, digest, facts.size)
-        return await self._whole.fetch(image, plain, digest, await self._diff_id(image, digest))
+        return await self._fetch_plain(image, Descriptor(facts.media_type, digest, facts.size), digest)
+
+    async def _fetch_plain(self, image: ImageReference, layer: Descriptor, digest: Digest) -> StoredLayer:
+        """A layer without an index in the image: with one that a fleet member made, if those are trusted, or through once."""
+        diff_id = await self._diff_id(image, digest)
+        found = await self._fleet_indexes.find(digest, layer.size, diff_id)
+        if found is None:
+            stored = await self._whole.fetch(image, layer, digest, diff_id)
+            self._nursery.start_soon(self._fleet_indexes.publish, stored)
+            return stored
+        extra: dict[str, str | int] = {
+            "image": str(image),
+            "format": found.index.format,
+            "diff_id": found.diff_id,
+            "media_type": layer.media_type,
+        }
+        stored = await self._store.create_layer(digest, found.index, found.meta, extra)
+        self._nursery.start_soon(self._fleet_indexes.adopt, stored, found)
+        return stored
 
     async def _facts(self, image: ImageReference, layer: Descriptor) -> LayerFacts:
         """The manifest's own words on a layer. Who knows all of them (our own pull) need not be without a manifest."""
@@ -305,6 +325,7 @@ async def open_layers(
     sources: LayerSources,
     resolver: Resolver,
     link: Callable[[], Awaitable[Link]],
+    fleet_indexes: FleetIndexes,
     *,
     presentation: str,
     prefetch: bool,
@@ -319,6 +340,7 @@ async def open_layers(
             sources,
             resolver,
             link,
+            fleet_indexes,
             resolver.counters,
             presentation=presentation,
             prefetch=prefetch,
