@@ -23,10 +23,11 @@ from typing import Any, BinaryIO, Final, Protocol
 import attrs
 from isal import isal_zlib
 
-from agent.formats.estargz import FOOTER_SIZE, NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_NAME
+from agent.formats.estargz import FOOTER_SIZE
 from agent.formats.model import MAX_CHUNK_BYTES, Digest, FormatError, digest_of
 from agent.formats.tar import BLOCK, TarEntry, TarParser
 from agent.formats.tar_headers import encode_header
+from agent.formats.toc import NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_NAME
 
 CHUNK_BYTES: Final = 4 << 20
 """The reference writer's default."""
