@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import zstandard
-from zstd_chunked_samples import read_index, read_volume
 
 from agent.formats import zstd_chunked
 from agent.formats.model import FormatError, LayerIndex, digest_of
 from agent.formats.opening import BlobRange, LayerFacts
 from agent.formats.zstd_chunked import FORMAT, Footer, Position, parse_footer, parse_position
+from tests.zstd_chunked_samples import read_index, read_volume
 
 ZERO = "sha256:" + "0" * 64
 NEW = "io.github.containers.zstd-chunked."
