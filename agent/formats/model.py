@@ -131,6 +131,8 @@ class Chunk:
 _CHUNKS_MAGIC: Final = b"SHOALCH2"
 _DIGESTERS: Final[tuple[Digester, ...]] = ("sha256", "blake3")
 _MEMBERS_MAGIC: Final = b"SHOALMB1"
+PRIME_IN_MEMBER: Final = 8
+"""Flag in `MemberTable.bits`; see there."""
 _LITTLE: Final = sys.byteorder == "little"
 
 
@@ -360,6 +362,7 @@ class MemberTable:
     Columns, ascending by `blob_offset`: `blob_offset` of a member, `size` of it uncompressed (0: not known), `bits` (0 to 7) and
     `prime`: that many high bits of byte `prime` come before the member's first byte (a deflate stream resumed at a checkpoint,
     formats.md 5.1), and window i, the up to 32 KiB of output before it, is `windows[window_end[i - 1]:window_end[i]]`.
+    With `PRIME_IN_MEMBER` added to `bits` (1 to 7 then), the index does not know that byte: it is the member's first one.
 
     On disk (`to_bytes`): magic `SHOALMB1`, u64 count, then the columns (u64, u64, u8, u8, u64), then the windows.
     """
@@ -429,7 +432,7 @@ class MemberTable:
         if (
             any(a >= b for a, b in pairwise(table.blob_offset))
             or any(not 0 <= b - a <= 1 << 15 for a, b in pairwise([0, *ends]))
-            or any(bits > 7 for bits in table.bits)
+            or any(bits > 15 or bits == PRIME_IN_MEMBER for bits in table.bits)
             or (ends[-1] if count else 0) != len(table.windows)
         ):
             raise FormatError("the member table contradicts itself")

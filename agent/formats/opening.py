@@ -64,7 +64,18 @@ class AttachedBlob:
     value: str
 
 
-Want = BlobRange | ManifestBytes | AttachedBlob
+@attrs.frozen
+class ReferrersOf:
+    """The manifests of `artifact_type` that refer to `subject` (empty: this image's own manifest), as the registry lists them.
+
+    The answer is an image index in JSON, vouched for by nobody; empty if nothing refers to it.
+    """
+
+    artifact_type: str
+    subject: Digest = Digest("")
+
+
+Want = BlobRange | ManifestBytes | AttachedBlob | ReferrersOf
 IndexReader = Generator[Want, bytes, LayerIndex]
 """Raises FormatError when the bytes are not what the format promises."""
 

@@ -256,7 +256,7 @@ class TarParser:
             entry.link = self._long_link
         pax = {**self._global, **dict(self._records)} if self._records or self._global else {}
         if pax:
-            _apply_pax(entry, pax)
+            apply_pax(entry, pax)
         entry.header_offset = self._header_offset
         self._entry = entry
         if kind == b"V":
@@ -478,7 +478,12 @@ def _pax_records(payload: bytes) -> list[tuple[bytes, bytes]]:
     return records
 
 
-def _apply_pax(entry: TarEntry, pax: dict[bytes, bytes]) -> None:
+def apply_pax(entry: TarEntry, pax: dict[bytes, bytes]) -> None:
+    """Let pax records replace what the entry's header says.
+
+    Raises:
+        FormatError: one of them cannot be read.
+    """
     late: dict[bytes, bytes] = {}
     for key, value in pax.items():
         if key.startswith(b"SCHILY.xattr."):

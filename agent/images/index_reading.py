@@ -13,7 +13,7 @@ import trio
 
 from agent.errors import SourceError, SourceRefused, SourceUnavailable
 from agent.formats.model import Digest, FormatError, LayerIndex
-from agent.formats.opening import AttachedBlob, BlobRange, Format, IndexReader, LayerFacts, ManifestBytes, Want
+from agent.formats.opening import AttachedBlob, BlobRange, Format, IndexReader, LayerFacts, ManifestBytes, ReferrersOf, Want
 from agent.registry import Descriptor, ImageReference, RegistryClient
 from agent.resolve import Resolver, Source
 from agent.store import StoredLayer
@@ -109,6 +109,8 @@ class IndexFetcher:
             return known
         if isinstance(want, ManifestBytes):
             return await self._manifest(image, want)
+        if isinstance(want, ReferrersOf):
+            raise FormatError(f"what refers to {image} is not looked for")
         return await self._attached(image, want)
 
     async def _manifest(self, image: ImageReference, want: ManifestBytes) -> bytes:
