@@ -60,11 +60,13 @@ VERSION: Final = 1
 MAX_DOCUMENT_BYTES: Final = 32 << 20
 MAX_BODY_BYTES: Final = 96 << 20
 """Uncompressed: the checkpoints of 3 GB of gzip at one a megabyte. Larger layers are not shared; each node streams them."""
-MAX_CHUNKS: Final = 1 << 19
-MAX_PIECES: Final = 1 << 19
-MAX_MEMBERS: Final = 1 << 18
-MAX_ENTRIES: Final = 1 << 20
-"""Directory entries of the metadata image; each costs some microseconds to check."""
+MAX_META_BYTES: Final = 32 << 20
+MAX_CHUNKS: Final = 1 << 18
+MAX_PIECES: Final = 1 << 17
+MAX_MEMBERS: Final = 1 << 17
+MAX_ENTRIES: Final = 1 << 18
+"""Directory entries of the metadata image. All these are several times what layers have, and together keep a hostile document
+from taking more than 256 MB."""
 MAX_VOLUME_BYTES: Final = 1 << 40
 FETCH_S: Final = 20.0
 """For the largest document 13 Mbit/s; a slower fleet gains little by it."""
@@ -204,6 +206,7 @@ def encode(layer: IndexedLayer, meta: bytes, identity: Identity, fleet_key: byte
     if not is_shareable(layer):
         raise FormatError(f"the index of {layer.digest} ({layer.codec}) is of no use to others")
     members = layer.members.to_bytes() if layer.members is not None else b""
+    _check_counts(len(layer.chunks), len(layer.pieces), len(layer.members or ()), len(meta))
     tables = (layer.chunks.to_bytes(), layer.pieces.to_bytes(), members, meta)
     head: bytes = msgpack.packb(
         {
@@ -293,12 +296,16 @@ def _read_head(body: memoryview) -> tuple[dict[str, Any], int]:
     return head, 4 + length
 
 
+def _check_counts(chunks: int, pieces: int, members: int, meta_size: int) -> None:
+    if chunks > MAX_CHUNKS or pieces > MAX_PIECES or members > MAX_MEMBERS or meta_size > MAX_META_BYTES:
+        raise FormatError("a layer index with tables that are too large")
+
+
 def _read_index(head: dict[str, Any], tables: list[memoryview]) -> LayerIndex:
-    # Bounded before they are read: a table as large as its bytes allow would take several times as much in memory.
-    if len(tables[0]) > 24 + 60 * MAX_CHUNKS or len(tables[1]) > 24 + 44 * MAX_PIECES:
-        raise FormatError(f"a layer index with tables of {len(tables[0])} and {len(tables[1])} bytes")
-    if len(tables[2]) >= 16 and struct.unpack_from("<Q", tables[2], 8)[0] > MAX_MEMBERS:
-        raise FormatError("a layer index with too many checkpoints")
+    # Bounded before they are read: checking a table takes several times its bytes in memory.
+    member_count = struct.unpack_from("<Q", tables[2], 8)[0] if len(tables[2]) >= 16 else 0
+    # A piece has 12 bytes, and 32 more of its digest.
+    _check_counts((len(tables[0]) - 24) // 60, (len(tables[1]) - 24) // 44, member_count, len(tables[3]))
     chunks, pieces = ChunkTable.from_bytes(tables[0]), PieceTable.from_bytes(tables[1])
     members = MemberTable.from_bytes(tables[2]) if len(tables[2]) else None
     check_pieces(chunks, pieces, head["codec"])

@@ -118,9 +118,18 @@ def test_pieces_without_digests_are_not_shared() -> None:
 
 def test_what_is_too_large_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_shared()
+    raw = sealed(layer)
     monkeypatch.setattr(fleet_index, "MAX_BODY_BYTES", 5000)
     with pytest.raises(FormatError, match="too many to be shared"):
         sealed(layer)
+    monkeypatch.undo()
+    for limit in ("MAX_CHUNKS", "MAX_PIECES", "MAX_MEMBERS", "MAX_META_BYTES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(fleet_index, limit, 1)
+            with pytest.raises(FormatError, match="too large"):
+                sealed(layer)
+            with pytest.raises(FormatError, match="too large"):
+                read(raw, layer)
 
 
 def _change_chunks(change: Callable[[ChunkTable], None]) -> Callable[[Shared], Shared]:
