@@ -46,6 +46,7 @@ BLOB_MEDIA_TYPE: Final = "application/vnd.oci.image.layer.nydus.blob.v1"
 IMPLIED: Final = -1
 """`Inode.first_chunk` of a directory that the layer only implies: merging takes no attributes from it."""
 
+_WHITEOUT: Final = b".wh."
 _READ: Final = 1 << 20
 _ZERO_STEP: Final = bytes(64 << 10)
 _MAX_ID: Final = 0xFFFFFFFE
@@ -323,6 +324,10 @@ class _LayerSink:
         elif inode.kind is InodeKind.DIRECTORY:
             self._directories.add(clean(path))
         self.tree.add(path, inode)
+        parent, _, name = path.rstrip(b"/").rpartition(b"/")
+        if name.startswith(_WHITEOUT):
+            # A directory that the layer removes and has itself is a new one, even if only implied.
+            self._directories.add(clean(parent + b"/" + name.removeprefix(_WHITEOUT)))
         if inode.kind is InodeKind.FILE:
             inode.size = entry.size
             inode.first_chunk = len(self._packer.uses)

@@ -154,7 +154,7 @@ class _Image:
         image[end : end + len(chunk_rows)] = chunk_rows
         self._pack_inodes()
         self._pack_directories()
-        # Each name counts: the reference reader refuses a directory with more names than there are inodes.
+        # Each name counts, as the reference builder has it.
         self._pack_super(1 + sum(len(record.inode.children) for record in self._directories))
         EXTENDED_SUPER.pack_into(
             image,
