@@ -22,6 +22,7 @@ _MAGIC: Final = b"SHOALBM1"
 _HEADER: Final = struct.Struct("<8sIIQQ")
 _GENERATION: Final = struct.Struct("<Q")
 _GENERATION_AT: Final = 24
+_WRITE_BYTES: Final = 1 << 20
 
 
 class BitmapError(ValueError):
@@ -41,11 +42,17 @@ class Bitmap:
 
     @classmethod
     def create(cls, path: Path, bits: int, unit: int) -> Self:
-        """Make the file with all bits clear; it appears under `path` complete or not at all."""
+        """Make the file with all bits clear; it appears under `path` complete or not at all.
+
+        Its zeros are written, not left a hole: a store to a mapped page without a disk block behind it is SIGBUS when the disk
+        is full.
+        """
         temporary = path.with_name(path.name + ".new")
         with temporary.open("wb") as file:
-            file.write(_HEADER.pack(_MAGIC, 1, unit, bits, 0))
-            file.truncate(HEADER_SIZE + max(1, (bits + 7) // 8))
+            file.write(_HEADER.pack(_MAGIC, 1, unit, bits, 0).ljust(HEADER_SIZE, b"\0"))
+            left = max(1, (bits + 7) // 8)
+            while left > 0:
+                left -= file.write(bytes(min(left, _WRITE_BYTES)))
         temporary.replace(path)
         return cls.open(path)
 

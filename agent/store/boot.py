@@ -49,8 +49,7 @@ class StoreLock:
                 f"another agent (process {owner}) uses the store {path}; stop it, or give this one another --state-dir",
                 errno=errno.EBUSY,
             ) from exc
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
+        os.pwrite(self._fd, b"%-20d\n" % os.getpid(), 0)  # in place: on a full disk there may be no block for a new content
         marker = path / "format"
         found = marker.read_bytes() if marker.exists() else b""
         if not found:

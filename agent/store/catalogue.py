@@ -3,6 +3,10 @@
 Whether a layer exists is decided by its directory alone; the catalogue is brought in line with the directories at every start
 and could be lost without losing a byte of a layer. One connection, used by one thread at a time (the store's `db` limiter).
 
+The connection locks the file for itself. SQLite then keeps the index of its write-ahead log in memory; otherwise it maps a file
+for it of which it allocates only one byte in each page, and a block that the disk cannot give behind such a page is SIGBUS. The
+log is kept short, so that it and what it brings into the database never need more than the store's `reserve`.
+
 Chunks are found by the first eight bytes of their digest: a key of a third of the size, half the time to fill, and the full
 digest is compared in the layer's own table. One row a digest and layer. 13,000 rows: about 30 ms, in its own thread.
 """
@@ -27,6 +31,9 @@ _VERSION: Final = 1
 _AT_ONCE: Final = 500
 """Parameters of one statement; SQLite's own limit was 999 until 3.32."""
 
+_LOG_PAGES: Final = 32
+_LOG_BYTES: Final = 256 << 10
+
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS layers (number INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, last_used REAL NOT NULL, is_indexed INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS chunks (key INTEGER, layer INTEGER, chunk INTEGER, PRIMARY KEY (key, layer, chunk)) WITHOUT ROWID;
@@ -49,7 +56,7 @@ class Catalogue:
             self._db = _connect(path, is_unclean=is_unclean)
         except sqlite3.DatabaseError as exc:
             if isinstance(exc, sqlite3.OperationalError):
-                raise StoreError(f"cannot open {path}: {exc}") from exc
+                raise StoreError(f"cannot open {path}: {exc}", errno=_errno_of(exc)) from exc
             log.warning(
                 "catalogue_broken", path=str(path), reason=str(exc), consequence="pins and image records are lost, layers are not"
             )
@@ -74,6 +81,16 @@ class Catalogue:
                 if self._db.in_transaction:  # a full disk makes SQLite roll back by itself
                     self._db.execute("ROLLBACK")
                 raise
+
+    def shrink_log(self) -> None:
+        """Give back the disk space of the write-ahead log, if there is room for what it brings into the database.
+
+        A transaction that the disk was too small for leaves its log as long as it had become.
+        """
+        try:
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except sqlite3.Error as exc:
+            log.debug("catalogue_log_not_shrunk", reason=str(exc))
 
     # --- layers -----------------------------------------------------------------------------------------------------------
 
@@ -178,7 +195,10 @@ class Catalogue:
 def _connect(path: Path, *, is_unclean: bool) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
     try:
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")  # before the log is touched: see the module's text
         db.execute("PRAGMA journal_mode = WAL")
+        db.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
+        db.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
         db.execute("PRAGMA synchronous = NORMAL")  # in WAL mode a power cut may lose the last transactions, never the database
         db.execute("PRAGMA cache_size = -1024")  # KiB; memory of the agent is scarce
         (version,) = db.execute("PRAGMA user_version").fetchone()
@@ -209,6 +229,9 @@ def _mapped_errors() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as exc:
-        code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
-        number = {sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_IOERR: errno.EIO}.get(code, 0)
-        raise StoreError(f"the catalogue failed: {exc}", errno=number) from exc
+        raise StoreError(f"the catalogue failed: {exc}", errno=_errno_of(exc)) from exc
+
+
+def _errno_of(exc: sqlite3.Error) -> int:
+    code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
+    return {sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_IOERR: errno.EIO}.get(code, 0)

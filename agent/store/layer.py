@@ -37,6 +37,7 @@ class StoredLayer:
         *,
         on_written: Callable[[int], None],
         on_full: Callable[[], None],
+        writing: Gate,
         is_dirty: bool = False,
     ) -> None:
         header = opened.header
@@ -58,6 +59,7 @@ class StoredLayer:
         self._piece_lock = threading.Lock()
         self._data_fd, self._blob_fd = opened.data_fd, opened.blob_fd
         self._gate = Gate()
+        self._writing = writing
         self._on_written, self._on_full = on_written, on_full
         self._arriving: dict[int, float] = {}
         """Pieces that somebody is writing or about to mark, and when they were last touched: eviction leaves their bytes alone."""
@@ -138,7 +140,7 @@ class StoredLayer:
         size = self.chunks.size[number]
         if len(data) != size:
             raise StoreError(f"chunk {number} of {self.digest} has {size} bytes, not {len(data)}")
-        with self._shared("writing a chunk"):
+        with self._writing.shared(), self._shared("writing a chunk"):
             if self._presence.has(number):
                 return
             write_all(self._data_fd, data, self.chunks.volume_offset[number])
@@ -213,7 +215,7 @@ class StoredLayer:
         stop = offset + len(data)
         if not 0 <= offset <= stop <= self.blob_size:
             raise StoreError(f"blob range {offset}-{stop} of {self.digest}, which has {self.blob_size} bytes")
-        with self._shared("writing the blob"):
+        with self._writing.shared(), self._shared("writing the blob"):
             self._note_arriving(offset, stop)
             write_all(self._blob_fd, data, offset)
         self.touch()
@@ -356,7 +358,7 @@ class StoredLayer:
         """
         if hashlib.sha256(image).digest() != self._header.meta_sha256:
             return False
-        with self._shared("repairing the metadata image"):
+        with self._writing.shared(), self._shared("repairing the metadata image"):
             fd = os.open(self.image_path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 write_all(fd, image, 0)

@@ -49,6 +49,8 @@ from fsmount.bitmap import Bitmap, BitmapError
 VERSION: Final = 2
 MAX_HEADER: Final = 1 << 20
 MAX_TABLE: Final = 1 << 30
+MAX_VOLUME: Final = 1 << 40
+"""A block map of 32 MiB."""
 MAX_PREFETCH: Final = 1 << 16
 MAX_PARTS: Final = 1 << 12
 """Most pieces wanted first and most parts of a blob; together they fit the header."""
@@ -184,6 +186,8 @@ def write_layer(
     """
     if index.codec not in _CODECS:
         raise FormatError(f"codec {index.codec!r} is unknown")
+    if index.volume_size > MAX_VOLUME:
+        raise FormatError(f"the files of the layer have {index.volume_size} bytes, more than can be presented")
     find_firsts(index.chunks, index.volume_size)
     check_pieces(index.chunks, index.pieces, index.codec)
     prefetch_pieces = index.prefetch_pieces[:MAX_PREFETCH]
@@ -230,16 +234,7 @@ def write_layer(
         (paths.piece_doubt, pieces, 1),
         (paths.block_map, blocks, BLOCK_SIZE),
     ):
-        _create_map(path, bits, unit)
-
-
-def _create_map(path: Path, bits: int, unit: int) -> None:
-    Bitmap.create(path, bits, unit).close()
-    with path.open("r+b") as file:
-        # A store to a mapped page without a block behind it is SIGBUS when the disk is full: have the blocks now.
-        content = file.read()
-        file.seek(0)
-        file.write(content)
+        Bitmap.create(path, bits, unit).close()
 
 
 def sync_layer(root: Path) -> None:

@@ -30,7 +30,7 @@ from agent.store.catalogue import Catalogue
 from agent.store.eviction import LayerFacts, bytes_to_free, plan_eviction
 from agent.store.layer import FULL, StoredLayer
 from agent.store.layout import BrokenLayer
-from agent.store.reserve import give_up_reserve, take_reserve
+from agent.store.reserve import Reserve
 from agent.store.scrubbing import ScrubProgress, ScrubReport
 
 log = structlog.get_logger()
@@ -58,6 +58,7 @@ class Store:
         self,
         path: Path,
         catalogue: Catalogue,
+        reserve: Reserve,
         *,
         quota_bytes: int | None,
         on_pieces: PiecesChanged | None,
@@ -65,6 +66,7 @@ class Store:
         self.path = path
         self.quota_bytes = quota_bytes
         self._catalogue = catalogue
+        self._reserve = reserve
         self._on_pieces = on_pieces
         self._layers: dict[Digest, StoredLayer] = {}
         self._pins: dict[Digest, set[str]] = {}
@@ -104,7 +106,12 @@ class Store:
             known = self._layers.get(digest)
             if known is not None:
                 return known
-            made = await self._in_disk_thread(self._make_layer, digest, index, meta_image, dict(extra))
+            try:
+                made = await self._in_disk_thread(self._make_layer, digest, index, meta_image, dict(extra))
+            except StoreError as exc:
+                if exc.errno not in FULL or not await self._relieve():
+                    raise
+                made = await self._in_disk_thread(self._make_layer, digest, index, meta_image, dict(extra))
             self._layers[digest] = made
         self._making.pop(digest, None)  # whoever comes now finds the layer
         self._to_index_send.send_nowait(digest)
@@ -133,7 +140,14 @@ class Store:
 
     def _open_layer(self, root: Path, *, is_unclean: bool, is_dirty: bool) -> StoredLayer:
         opened = layout.open_layer(root, is_unclean=is_unclean)
-        return StoredLayer(root, opened, on_written=self._note_written, on_full=self._note_full, is_dirty=is_dirty)
+        return StoredLayer(
+            root,
+            opened,
+            on_written=self._note_written,
+            on_full=self._note_full,
+            writing=self._reserve.gate,
+            is_dirty=is_dirty,
+        )
 
     def _root_of(self, digest: Digest) -> Path:
         return self.path / "layers" / digest.removeprefix("sha256:")
@@ -238,6 +252,13 @@ class Store:
             log.info("evicted", layer=layer.digest, part=eviction.part, size_bytes=before - layer.disk_bytes())
         return freed
 
+    async def _relieve(self) -> bool:
+        """Make room on a full disk; whether any was made."""
+        usage = await self._in_disk_thread(self.usage)
+        freed = await self.evict(min(RELIEF_BYTES, usage // 4))
+        await self._in_disk_thread(self._reserve.take)
+        return freed > 0
+
     def _evict_blob(self, layer: StoredLayer) -> list[int]:
         return layer.evict_blob(stale_after_s=STALE_ARRIVAL_S)
 
@@ -283,7 +304,7 @@ class Store:
                         log.warning("store_over_quota", usage_bytes=usage, quota_bytes=self.quota_bytes, freed_bytes=freed)
                 except StoreError as exc:
                     log.error("eviction_failed", reason=str(exc))
-            await self._in_disk_thread(take_reserve, self.path)
+            await self._in_disk_thread(self._reserve.take)
             await self._look.wait()
             self._look = trio.Event()
 
@@ -310,6 +331,7 @@ class Store:
     async def _keep_checkpointing(self, interval_s: float) -> None:
         while True:
             await trio.sleep(interval_s)
+            await self._in_disk_thread(self._reserve.take)  # somebody else on this disk may have made room
             try:
                 await self.checkpoint()
             except StoreError as exc:
@@ -366,10 +388,24 @@ class Store:
         except StoreError as exc:
             if exc.errno not in FULL:
                 raise
-            self._note_full()
-            if not await _in_thread(self._disk, give_up_reserve, self.path):
+        try:
+            result: Result = await _in_thread(self._db, self._call_with_reserve, call, *args)
+        except StoreError as exc:
+            if exc.errno not in FULL or not await self._relieve():
                 raise
+        else:
+            self._note_full()
+            return result
         return await _in_thread(self._db, call, *args)
+
+    def _call_with_reserve(self, call: Callable[..., Result], *args: object) -> Result:
+        with self._reserve.lent():
+            self._catalogue.shrink_log()
+            try:
+                return call(*args)
+            except StoreError:
+                self._catalogue.shrink_log()  # otherwise what failed keeps the reserve
+                raise
 
     def _load(self, *, is_unclean: bool, is_dirty: bool) -> None:
         """Open all layers; in a thread, before anybody else has the store."""
@@ -394,7 +430,7 @@ class Store:
 
     def _close_layers(self) -> bool:
         """Make everything durable and close it; whether that succeeded for all."""
-        give_up_reserve(self.path)
+        self._reserve.give_up()
         is_clean = True
         try:
             self._catalogue.note_used([(layer.digest, layer.last_used_s) for layer in self._layers.values()])
@@ -440,17 +476,19 @@ async def open_store(
     opening = trio.CapacityLimiter(1)
     lock = await _in_thread(opening, StoreLock, path)
     try:
-        await _in_thread(opening, give_up_reserve, path)
+        reserve = Reserve(path)
+        await _in_thread(opening, reserve.give_up)
         last_boot, was_clean = await _in_thread(opening, read_boot, path)
         is_unclean = not was_clean and last_boot != boot_id and (path / "layers").exists()
         catalogue = await _in_thread(opening, lambda: Catalogue(path / "catalogue.sqlite", is_unclean=is_unclean))
-        store = Store(path, catalogue, quota_bytes=quota_bytes, on_pieces=on_pieces)
+        store = Store(path, catalogue, reserve, quota_bytes=quota_bytes, on_pieces=on_pieces)
         if not is_unclean:  # otherwise only when everything is in doubt: a second power cut must find the first
             await _in_thread(opening, lambda: write_boot(path, boot_id, is_clean=False))
         started = time.monotonic()
         await _in_thread(opening, lambda: store._load(is_unclean=is_unclean, is_dirty=not was_clean))
         if is_unclean:
             await _in_thread(opening, lambda: _confirm_doubt(store, path, boot_id))
+        await _in_thread(opening, reserve.take)
         log.info(
             "store_opened", layers=len(store.layers()), is_unclean=is_unclean, elapsed_s=round(time.monotonic() - started, 3)
         )
@@ -475,6 +513,7 @@ async def open_store(
             with trio.CancelScope(shield=True):
                 if await _in_thread(opening, store._close_layers):
                     await _in_thread(opening, lambda: write_boot(path, boot_id, is_clean=True))
+                await _in_thread(opening, reserve.take)  # the next start needs it as much
     finally:
         lock.release()
 

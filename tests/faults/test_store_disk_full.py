@@ -87,10 +87,10 @@ async def test_full_disk(small_disk: Path) -> None:
         with trio.fail_after(10):
             while True:
                 again, error = write_until_full(layer, big)
-                if again > piece:
-                    break
+                # A note gives a block or two back when it is made, which may be all that the piece lacked.
+                if again > piece and not (old.complete and any(old.possession())):
+                    break  # its blob goes first; that may have been enough
                 await trio.sleep(0.02)  # the loop must run for the store to evict
-        assert not (old.complete and any(old.possession()))  # its blob goes first; that may have been enough
         assert assert_right(layer, big) > before
         assert await store.get_document("manifest", "large") is None
     async with open_store(small_disk, quota_bytes=None) as store:
