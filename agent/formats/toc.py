@@ -323,7 +323,7 @@ class TocParser:
         else:
             known = self._times.get(time)
             if known is None:
-                known = self._times[time] = _parse_time(time)
+                known = self._times[time] = parse_rfc3339(time)
             mtime_ns = known
         inode = Inode(kind, mode & 0o7777, uid, gid, mtime_ns)
         xattrs = get("xattrs")
@@ -460,7 +460,7 @@ def _decode_base64(value: str) -> bytes:
         raise FormatError(f"an xattr that is no base64: {value[:40]!r}") from exc
 
 
-def _parse_time(text: str) -> int:
+def parse_rfc3339(text: str) -> int:
     """Nanoseconds since the epoch of an RFC 3339 time."""
     match = _TIME.match(text)
     if match is None:

@@ -13,11 +13,9 @@ Sparse files are refused. The builder notes the size that they have when unpacke
 map from one to the other.
 """
 
-import re
 import struct
 from array import array
 from bisect import bisect_right
-from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Final
 
@@ -39,7 +37,7 @@ from agent.formats.model import (
     parse_digest,
 )
 from agent.formats.tar import TarEntry, apply_pax
-from agent.formats.toc import NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_NAME
+from agent.formats.toc import NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_NAME, parse_rfc3339
 from agent.formats.tree import MAX_INODES, TreeBuilder, check_xattrs, walk
 
 MAX_ZTOC_BYTES: Final = 64 << 20
@@ -63,8 +61,8 @@ _MAX_RATIO: Final = 1032
 """What one byte of deflate can become at most (zlib's technical notes)."""
 _RATIO_SLACK: Final = 64 << 10
 _MAX_U32: Final = 0xFFFFFFFF
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_TIME: Final = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8})(?:\.([0-9]{1,18}))?(Z|[+-][0-9]{2}:[0-9]{2})\Z")
+_NO_TIME: Final = "1970-01-01T00:00:00Z"
+"""For a time that the builder could not write."""
 _XATTR_RECORDS: Final = (b"SCHILY.xattr.", b"LIBARCHIVE.xattr.", b"SCHILY.acl.")
 _HIDDEN: Final = {name.encode() for name in (TOC_NAME, PREFETCH_LANDMARK, NO_PREFETCH_LANDMARK)}
 _KINDS: Final = {
@@ -267,7 +265,7 @@ class _EntryReader:
         uid, gid = entry.u32(6), entry.u32(7)
         if _MAX_U32 in (uid, gid):
             raise FormatError(f"owner {uid}:{gid} of {path[:200]!r}")
-        inode = Inode(_KINDS[kind], entry.i64(5) & 0o7777, uid, gid, _parse_time(entry.string(10)))
+        inode = Inode(_KINDS[kind], entry.i64(5) & 0o7777, uid, gid, parse_rfc3339(entry.string(10).decode("latin-1") or _NO_TIME))
         if entry.count(13):
             self._apply_records(entry, inode, path)
         if inode.kind is InodeKind.SYMLINK:
@@ -357,18 +355,3 @@ def _gzip_header_size(header: bytes) -> int:
     if at > len(header):
         raise FormatError("a gzip header that does not end")
     return at
-
-
-def _parse_time(text: bytes) -> int:
-    """Nanoseconds since the epoch of an RFC 3339 time; the epoch where the builder could not write one."""
-    if not text:
-        return 0
-    match = _TIME.match(text.decode("latin-1"))
-    try:
-        if match is None:
-            raise ValueError
-        moment = datetime.fromisoformat(match[1] + match[3])
-        seconds = (moment - _EPOCH) // timedelta(seconds=1)
-    except (ValueError, OverflowError) as exc:
-        raise FormatError(f"not a time: {text[:40]!r}") from exc
-    return seconds * 1_000_000_000 + int((match[2] or "").ljust(9, "0")[:9])
