@@ -5,14 +5,23 @@ from typing import Final
 
 from agent.formats.opening import Format, LayerFacts
 
-_MODULES: Final = ("agent.formats.estargz",)
-"""Imported when the first layer is looked at: most agents see few formats, and a module that is not loaded takes no memory."""
+_FORMATS: Final = (
+    ("agent.formats.estargz", "FORMAT"),
+    ("agent.formats.zstd_chunked", "FORMAT"),
+    ("agent.formats.nydus", "FORMAT"),
+    ("agent.formats.nydus", "DATA_FORMAT"),
+    ("agent.formats.soci", "FORMAT"),
+)
+_SOCI_V1: Final = ("agent.formats.soci", "FORMAT_V1")
 
 
-def find_format(facts: LayerFacts) -> Format | None:
-    """The format that the layer claims to be of; None for one without an index, which is read from its start."""
-    for module in _MODULES:
-        found: Format = import_module(module).FORMAT
+def find_format(facts: LayerFacts, *, soci_v1: bool = False) -> Format | None:
+    """The format that the layer claims to be of; None for one without an index, which is read from its start.
+
+    `soci_v1`: also take indexes that anybody who may push to the repository could have made.
+    """
+    for module, name in (*_FORMATS, _SOCI_V1) if soci_v1 else _FORMATS:
+        found: Format = getattr(import_module(module), name)
         if found.recognises(facts):
             return found
     return None

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Generator
 from typing import Final
 
-from agent.formats.model import FormatError, digest_of
+from agent.formats.model import ChunkTable, FormatError, Inode, InodeKind, LayerIndex, digest_of
 from agent.formats.nydus.assemble import assemble, lay_out, needs_tables
 from agent.formats.nydus.blob_meta import HEADER_SIZE, MAX_TABLES, BlobMeta, check_bounds, decompress, read_copy, read_stored
 from agent.formats.nydus.blob_toc import TAIL_SIZE, BlobToc, read_toc
@@ -30,6 +30,7 @@ from agent.formats.nydus.packaging import (
     unpack_layer,
 )
 from agent.formats.opening import BlobRange, IndexReader, LayerFacts, Want
+from agent.formats.pieces import cut_fixed
 
 _STEP: Final = 4 << 20
 _TOC_DIGESTS: Final = "blob.digest"
@@ -95,7 +96,25 @@ class NydusFormat:
         return assemble(bootstrap, volume, places, metas, facts.digest, facts.size)
 
 
+class NydusDataFormat:
+    """The data blobs of an image with a bootstrap layer: as layers they are empty, for the bootstrap's has all files and reads
+    their bytes (`LayerIndex.parts`). A runtime still mounts them, one below the other."""
+
+    name = "nydus data"
+    is_only_form = True
+
+    def recognises(self, facts: LayerFacts) -> bool:
+        """A data blob and a bootstrap layer are in the same image."""
+        return is_data_layer(facts) and any(is_bootstrap_layer(layer) for layer in facts.siblings)
+
+    def read_index(self, facts: LayerFacts) -> IndexReader:
+        """An empty tree; nothing is read."""
+        yield from ()
+        return LayerIndex("nydus data", "raw", Inode(InodeKind.DIRECTORY), ChunkTable(), cut_fixed(facts.size), 0, 0)
+
+
 FORMAT: Final = NydusFormat()
+DATA_FORMAT: Final = NydusDataFormat()
 
 
 def _read_bootstrap(facts: LayerFacts) -> Generator[Want, bytes, BootstrapFiles]:
