@@ -273,6 +273,35 @@ def test_chunk_sizes_that_readers_refuse(size: int) -> None:
         convert([Tar().data()], chunk_size=size)
 
 
+def test_the_largest_chunks() -> None:
+    data = noise(1, (32 << 20) - 1)
+    boot, files, _ = make(Tar().add("a", data), chunk_size=16 << 20)
+    assert files == {"/a": data}
+    assert [row[4] for row in boot.chunks.values()] == [16 << 20, (16 << 20) - 1]
+    layers, blobs = convert([Tar().add("a", data).add("b", bytes(20 << 20)).data()], chunk_size=16 << 20)
+    check_image(bytes(build_bootstrap(layers).image), blobs)
+
+
+@pytest.mark.parametrize("value", [0x00, 0x37, 0x80, 0xFF])
+def test_headers_with_a_byte_that_is_wrong(value: int) -> None:
+    tar = (
+        Tar().folder("d").add("d/file", noise(1, 5000)).add("dev", kind=tarfile.CHRTYPE, devmajor=1, devminor=3).link("l", "dev")
+    )
+    data = tar.data()
+    headers = [0, 512, 512 + 512 + 5120, 1024 + 512 + 5120]
+    for at in (header + byte for header in headers for byte in (*range(0, 10, 3), *range(96, 148, 3), 156, *range(157, 345, 3))):
+        wrong = bytearray(data)
+        wrong[at] = value
+        start = at - at % 512
+        wrong[start + 148 : start + 156] = b" " * 8
+        wrong[start + 148 : start + 156] = b"%06o\0 " % sum(wrong[start : start + 512])
+        try:
+            layers, blobs = convert([bytes(wrong)])
+        except FormatError:
+            continue
+        check_image(bytes(build_bootstrap(layers).image), blobs)
+
+
 def test_a_tar_that_ends_too_early() -> None:
     with pytest.raises(FormatError):
         convert([Tar().add("a", bytes(10_000)).data()[:5000]])
