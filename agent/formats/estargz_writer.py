@@ -16,7 +16,7 @@ import base64
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, BinaryIO, Final, Protocol
 
@@ -25,18 +25,17 @@ from isal import isal_zlib
 
 from agent.formats.estargz import FOOTER_SIZE
 from agent.formats.model import MAX_CHUNK_BYTES, Digest, FormatError, digest_of
-from agent.formats.tar import BLOCK, TarEntry, TarParser
+from agent.formats.tar import BLOCK, TarEntry
 from agent.formats.tar_headers import encode_header
+from agent.formats.tar_source import keep_last, list_entries, prioritize, read_content
 from agent.formats.toc import NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_NAME
 
 CHUNK_BYTES: Final = 4 << 20
 """The reference writer's default."""
 LANDMARK_CONTENT: Final = b"\x0f"
 
-_READ: Final = 1 << 20
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _TYPES: Final = {b"0": "reg", b"1": "hardlink", b"2": "symlink", b"3": "char", b"4": "block", b"5": "dir", b"6": "fifo"}
-_OWN_NAMES: Final = {name.encode() for name in (TOC_NAME, PREFETCH_LANDMARK, NO_PREFETCH_LANDMARK)}
 
 
 @attrs.frozen
@@ -84,8 +83,8 @@ def write_estargz(
     """
     if not 0 < chunk_size <= MAX_CHUNK_BYTES:
         raise FormatError(f"a chunk size of {chunk_size} bytes")
-    entries = _read_entries(tar)
-    first, missing = _prioritize(entries, prioritized)
+    entries = keep_last(list_entries(tar))
+    first, missing = prioritize(entries, prioritized)
     writer = _BlobWriter(out, tar, chunk_size, level, min_chunk, is_fast=is_fast)
     for key in first:
         writer.add(entries.pop(key))
@@ -93,70 +92,6 @@ def write_estargz(
     for entry in entries.values():
         writer.add(entry)
     return attrs.evolve(writer.finish(), missing=tuple(missing))
-
-
-class _Collector:
-    def __init__(self) -> None:
-        self.entries: dict[bytes, TarEntry] = {}
-
-    def entry(self, entry: TarEntry) -> None:
-        key = _clean(entry.path)
-        if key in _OWN_NAMES:
-            return
-        self.entries.pop(key, None)  # the last one counts, in its own place
-        self.entries[key] = entry
-
-    def data(self, offset: int, view: memoryview) -> None:
-        """The second reading takes the data."""
-
-    def end(self) -> None:
-        """Nothing to close."""
-
-
-def _read_entries(tar: BinaryIO) -> dict[bytes, TarEntry]:
-    """The entries by clean path, in the tar's order."""
-    collector = _Collector()
-    parser = TarParser(collector)
-    tar.seek(0)
-    while block := tar.read(_READ):
-        parser.feed(block)
-    parser.finish()
-    return collector.entries
-
-
-def _clean(path: bytes) -> bytes:
-    parts: list[bytes] = []
-    for part in path.split(b"/"):
-        if part == b"..":
-            parts = parts[:-1]
-        elif part not in (b"", b"."):
-            parts.append(part)
-    return b"/".join(parts)
-
-
-def _prioritize(entries: dict[bytes, TarEntry], names: Sequence[str]) -> tuple[dict[bytes, None], list[str]]:
-    """The keys of what goes first, in order, and the names that are not there."""
-    order: dict[bytes, None] = {}
-    missing: list[str] = []
-    for name in names:
-        key = _clean(name.encode("utf-8", "surrogateescape"))
-        if key not in entries:
-            missing.append(name)
-            continue
-        # Sources of links are followed by a loop: a hostile tar may chain many. `chain` also ends circles.
-        chain: dict[bytes, None] = {}
-        at: bytes | None = key
-        while at is not None and at in entries and at not in chain:
-            chain[at] = None
-            at = _clean(entries[at].link) if entries[at].kind == b"1" else None
-        for member in reversed(chain):
-            parts = member.split(b"/")
-            for depth in range(len(parts)):
-                parent = b"/".join(parts[:depth])
-                if parent in entries:
-                    order.setdefault(parent)
-            order.setdefault(member)
-    return order, missing
 
 
 class _BlobWriter:
@@ -185,7 +120,7 @@ class _BlobWriter:
             return
         self._write(encode_header(entry))
         records, whole, offset = [record], hashlib.sha256(), 0
-        for chunk in self._read_chunks(entry):
+        for chunk in read_content(self._tar, entry, self._chunk_size):
             if offset:
                 records.append({"name": record["name"], "type": "chunk"})
             at = records[-1]
@@ -266,32 +201,6 @@ class _BlobWriter:
         self._blob_hash.update(data)
         self._blob_size += len(data)
         self._out.write(data)
-
-    def _read_chunks(self, entry: TarEntry) -> Iterator[bytes]:
-        parts = [(0, entry.size)] if entry.sparse is None else [part for part in entry.sparse if part[1]]
-        packed = entry.data_offset
-        if entry.sparse is not None:
-            packed += entry.stored_size - sum(size for _, size in parts)
-        at = 0
-        for start in range(0, entry.size, self._chunk_size):
-            stop = min(start + self._chunk_size, entry.size)
-            chunk = bytearray(stop - start) if entry.sparse is not None else b""
-            while at < len(parts) and parts[at][0] < stop:
-                offset, size = parts[at]
-                low, high = max(offset, start), min(offset + size, stop)
-                self._tar.seek(packed + low - offset)
-                data = self._tar.read(high - low)
-                if len(data) != high - low:
-                    raise FormatError("the tar became shorter while it was read")
-                if entry.sparse is None:
-                    chunk = data
-                else:
-                    chunk[low - start : high - start] = data  # type: ignore[index]  # a bytearray exactly when sparse
-                if offset + size > stop:
-                    break
-                packed += size
-                at += 1
-            yield bytes(chunk)
 
     # --- the TOC ----------------------------------------------------------------------------------------------------------
 
