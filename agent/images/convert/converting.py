@@ -317,7 +317,8 @@ class Conversion:
                 tick = self._ticker(what, "unpacking", layer.size)
                 size: int = await self._in_thread(unpack, fetched, layer.digest, tar, diff_id, tick)
                 blob.unlink(missing_ok=True)
-                written: Written = await self._in_thread(self._write, tar, new, self._ticker(what, "converting", 2 * size))
+                tick = self._ticker(what, "converting", 2 * size)
+                written: Written = await self._in_thread(self._write, layer.digest, tar, new, tick)
                 tar.unlink()
                 await self._put(written.digest, written.size, new, what)
             finally:
@@ -329,9 +330,12 @@ class Conversion:
         self._sizes.append((layer.size, written.size))
         return written
 
-    def _write(self, tar: Path, new: Path, tick: Tick) -> Written:
+    def _write(self, digest: Digest, tar: Path, new: Path, tick: Tick) -> Written:
         with tar.open("rb", buffering=0) as source, new.open("wb") as output:
-            return self._writer.write_layer(_Watched(source, tick), output, self._wish.prioritized)  # type: ignore[arg-type]
+            try:
+                return self._writer.write_layer(_Watched(source, tick), output, self._wish.prioritized)  # type: ignore[arg-type]
+            except FormatError as exc:
+                raise FormatError(f"layer {digest}: {exc}") from exc
 
     async def _last(self, layers: Sequence[Written]) -> NewLayer | None:
         new = self._file("last")

@@ -9,10 +9,11 @@ from typing import Any, BinaryIO, Final, Protocol
 
 import attrs
 
-from agent.formats import nydus_writer
+from agent.formats import nydus_writer, zstd_chunked
 from agent.formats.estargz import FOOTER_SIZE
 from agent.formats.estargz_writer import write_estargz
 from agent.formats.model import Digest
+from agent.formats.zstd_chunked_writer import write_zstd_chunked
 from agent.images.convert.documents import DOCKER_LAYER, OCI_LAYER, is_docker
 
 TOC_DIGEST: Final = "containerd.io/snapshot/stargz/toc.digest"
@@ -89,6 +90,39 @@ class EstargzWriter:
         return None
 
 
+class ZstdChunkedWriter:
+    """zstd:chunked, in OCI's media types, as Docker's do not know zstd."""
+
+    name = "zstd-chunked"
+    tail_bytes = 8
+    needs_oci = True
+    manifest_annotations: Mapping[str, str] = {}
+
+    def media_type(self, old: str) -> str:
+        """See `ImageWriter`."""
+        del old
+        return OCI_LAYER + "+zstd"
+
+    def may_be_written(self, media_type: str, annotations: Mapping[str, str]) -> bool:
+        """See `ImageWriter`. Other writers of the format leave out the tar-split, without which Podman takes layers whole."""
+        keys = (zstd_chunked.CHECKSUM, zstd_chunked.POSITION, zstd_chunked.TAR_SPLIT_POSITION)
+        return media_type.endswith("zstd") and all(zstd_chunked.PREFIX + key in annotations for key in keys)
+
+    def is_written(self, tail: bytes) -> bool:
+        """See `ImageWriter`."""
+        return tail == zstd_chunked.MAGIC
+
+    def write_layer(self, tar: BinaryIO, out: BinaryIO, prioritized: Sequence[str]) -> Written:
+        """See `ImageWriter`."""
+        made = write_zstd_chunked(tar, out, prioritized=prioritized)
+        return Written(made.digest, made.size, made.diff_id, made.annotations, made.missing)
+
+    def write_last(self, layers: Sequence[Written], out: BinaryIO, prioritized: Sequence[str]) -> Written | None:
+        """See `ImageWriter`."""
+        del layers, out, prioritized
+        return None
+
+
 class NydusWriter:
     """Nydus (RAFS v6): a data blob for each layer that has data, and the bootstrap of the merged tree. Only whole images are in
     the format, so no single layer is ever kept."""
@@ -136,5 +170,9 @@ def _decode(path: bytes) -> str:
     return path.decode("utf-8", "surrogateescape")
 
 
-WRITERS: Final[Mapping[str, Callable[[], ImageWriter]]] = {"estargz": EstargzWriter, "nydus": NydusWriter}
+WRITERS: Final[Mapping[str, Callable[[], ImageWriter]]] = {
+    "estargz": EstargzWriter,
+    "zstd-chunked": ZstdChunkedWriter,
+    "nydus": NydusWriter,
+}
 """By the word behind `--to`. One is made for each conversion."""
