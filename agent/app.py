@@ -105,7 +105,8 @@ class _StoreView:
 
     def blobs(self) -> list[Digest]:
         """See `agent.swarm.PossessionSource`."""
-        return [layer.digest for layer in self._store.layers() if any(layer.possession())]
+        layers = [layer.digest for layer in self._store.layers() if any(layer.possession())]
+        return [*layers, *self._records.indexes()]
 
     def blob_size(self, blob: Digest) -> int | None:
         """See `agent.transfer.BlobReader`."""

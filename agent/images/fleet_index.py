@@ -403,7 +403,7 @@ class FleetIndexes:
         except (FormatError, OSError) as exc:
             log.info("fleet_index_not_shared", layer=stored.digest, reason=str(exc))
             return
-        await self.records.keep_index(stored, raw)
+        await self._keep(stored, raw)
         log.info("fleet_index_shared", layer=stored.digest, size_bytes=len(raw))
 
     async def find(self, blob: Digest, blob_size: int, diff_id: str = "") -> FleetIndex | None:
@@ -434,7 +434,14 @@ class FleetIndexes:
             return True
 
         await self.records.ask(
-            index_key(blob), self.swarm, self.peers, accept, max_bytes=MAX_DOCUMENT_BYTES, limit_s=FETCH_S, max_tries=MAX_TRIES
+            index_key(blob),
+            self.swarm,
+            self.peers,
+            accept,
+            max_bytes=MAX_DOCUMENT_BYTES,
+            limit_s=FETCH_S,
+            max_tries=MAX_TRIES,
+            is_patient=True,
         )
         if not found:
             return None
@@ -443,4 +450,8 @@ class FleetIndexes:
 
     async def adopt(self, stored: StoredLayer, found: FleetIndex) -> None:
         """Pass on the document by which a layer was made."""
-        await self.records.keep_index(stored, found.raw)
+        await self._keep(stored, found.raw)
+
+    async def _keep(self, stored: StoredLayer, raw: bytes) -> None:
+        await self.records.keep_index(stored, raw)
+        self.swarm.possession_changed(index_key(stored.digest), [0])

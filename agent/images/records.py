@@ -27,7 +27,7 @@ from agent.formats.model import Digest, FormatError, digest_of, parse_digest
 from agent.registry import ImageReference, Manifest, ResolvedManifest, parse_manifest
 from agent.store import Store, StoredLayer
 from agent.store.layout import replace_durably
-from agent.swarm import Possession, Swarm
+from agent.swarm import Holder, Possession, Swarm
 from agent.transfer import PeerClient
 
 log = structlog.get_logger()
@@ -107,6 +107,10 @@ class FleetRecords:
             del self._indexes[key]
             return None
         return file.size
+
+    def indexes(self) -> list[Digest]:
+        """Keys of the indexes that this node shares."""
+        return [key for key in list(self._indexes) if self.size(key) is not None]
 
     def possession(self, key: Digest) -> Possession | None:
         """A record or index as the swarm sees it: a blob of one piece, held."""
@@ -238,29 +242,48 @@ class FleetRecords:
         max_bytes: int = MAX_RECORD_BYTES,
         limit_s: float = FETCH_S,
         max_tries: int = MAX_TRIES,
+        is_patient: bool = False,
     ) -> None:
-        """Give `accept` what peers have under a key, one after the other, until it takes one. Each has `limit_s` to send it."""
+        """Give `accept` what peers have under a key, one after the other, until it takes one. Each has `limit_s` to send it.
+
+        Asked are those that have answered when the first one does; if `is_patient`, and all of these are refused, the others too.
+        """
         if peers is None:
             return
+        answered_by = trio.current_time() + ANSWER_S
+        asked: set[str] = set()
         await swarm.want(key)
         try:
-            for holder in (await swarm.wait_holders(key, ANSWER_S))[:max_tries]:
-                size = holder.possession.blob_size
-                if not 0 < size <= max_bytes:
-                    continue
-                raw = bytearray()
-                try:
-                    with trio.fail_after(limit_s):
-                        async with peers.fetch_ranges(holder, key, size, [(0, size)]) as stream:
-                            async for _, block in stream:
-                                raw += block
-                except (SourceError, trio.TooSlowError) as exc:
-                    log.info("record_not_fetched", record=key, peer=holder.peer_id, reason=str(exc))
-                    continue
-                if await accept(holder.peer_id, bytes(raw)):
+            holders = await swarm.wait_holders(key, ANSWER_S)
+            while True:
+                new = [holder for holder in holders if holder.peer_id not in asked][: max_tries - len(asked)]
+                for holder in new:
+                    asked.add(holder.peer_id)
+                    raw = await _fetch_whole(peers, holder, key, max_bytes, limit_s)
+                    if raw is not None and await accept(holder.peer_id, raw):
+                        return
+                if not new or not is_patient:
                     return
+                await trio.sleep_until(answered_by)
+                holders = swarm.holders(key)
         finally:
             swarm.forget(key)
+
+
+async def _fetch_whole(peers: PeerClient, holder: Holder, key: Digest, max_bytes: int, limit_s: float) -> bytes | None:
+    size = holder.possession.blob_size
+    if not 0 < size <= max_bytes:
+        return None
+    raw = bytearray()
+    try:
+        with trio.fail_after(limit_s):
+            async with peers.fetch_ranges(holder, key, size, [(0, size)]) as stream:
+                async for _, block in stream:
+                    raw += block
+    except (SourceError, trio.TooSlowError) as exc:
+        log.info("record_not_fetched", record=key, peer=holder.peer_id, reason=str(exc))
+        return None
+    return bytes(raw)
 
 
 def _find_indexes(folders: list[tuple[Digest, Path]]) -> list[_IndexFile]:

@@ -152,6 +152,19 @@ async def test_a_wrong_index_is_passed_over_for_a_right_one(fleet: Fleet) -> Non
                 assert found.signer == maker.identity.peer_id
 
 
+async def test_an_index_is_told_of_as_soon_as_it_is_made(fleet: Fleet) -> None:
+    key = index_key(LAYER.digest)
+    with trio.fail_after(20):
+        async with fleet.node() as maker, fleet.node() as taker:
+            await taker.meet(1)
+            await taker.swarm.want(key)
+            assert await taker.swarm.wait_holders(key, 5) == []
+            await maker.indexes.publish(await maker.stream())
+            while not taker.swarm.holders(key):  # noqa: ASYNC110 - the event is in another node
+                await trio.sleep(0.002)
+            assert _StoreView(maker.store, maker.records).blobs() == [key]
+
+
 async def test_a_large_index_comes_in_many_reads(fleet: Fleet) -> None:
     layer = make_shared()
     members = MemberTable()
