@@ -226,14 +226,17 @@ class _Agent:
 
 
 def _describe(layer: StoredLayer) -> dict[str, Any]:
+    # Nobody ever fetches a piece that holds nothing: of a nydus image's data blobs as layers, or of one with whiteouts alone.
+    table = layer.pieces
+    wanted = [n for n in range(len(table)) if layer.codec == "whole" or table.chunks_of(n) or n == table.index_piece]
     return {
         "digest": layer.digest,
         "image": str(layer.extra.get("image", "")),
         "format": layer.format,
         "blob_size": layer.blob_size,
         "volume_size": layer.volume_size,
-        "pieces": len(layer.pieces),
-        "pieces_held": int.from_bytes(layer.possession(), "little").bit_count(),
+        "pieces": len(wanted),
+        "pieces_held": sum(layer.has_piece(number) for number in wanted),
         "complete": layer.complete,
         "disk_bytes": layer.disk_bytes(),
     }

@@ -22,6 +22,7 @@ from agent.lab.fleet import Lab, open_lab, quiet_logs, until_signal
 from agent.lab.node import Node
 from agent.lab.processes import LabError, run_command
 from agent.lab.publish import BuiltImage, build_image, default_cache, push_image
+from tests.benchmarks.formats import formats
 from tests.benchmarks.harness import Row, drop_caches, fill_caches, resident_mib, version_of, write_report
 
 ESGZ, GZIP = "sample:esgz", "sample:gzip"
@@ -90,19 +91,22 @@ class Bench:
         self.rows.append(Row(name, unit, baseline, limits))
         return self.rows[-1]
 
-    async def fresh(self, name: str, *, with_agent: bool = True, bootstrap: tuple[str, ...] = ()) -> Node:
+    async def fresh(
+        self, name: str, *, with_agent: bool = True, bootstrap: tuple[str, ...] = (), flags: tuple[str, ...] = ()
+    ) -> Node:
         """A node as new: nothing on its disk, nothing of it in the machine's caches; its agent has been up for `SETTLE_S`.
 
         The registry's files and those of a peer are in the page cache: they stand for other machines, which are not measured.
         """
         node = self.lab.nodes.get(name)
+        flags = (*self.options.agent_flags, *flags)
         if node is None:
-            node = await self.lab.start_node(name, with_agent=with_agent, bootstrap=bootstrap, extra=self.options.agent_flags)
+            node = await self.lab.start_node(name, with_agent=with_agent, bootstrap=bootstrap, extra=flags)
         else:
             await node.wipe()
             await node.start_containerd()
             if with_agent:
-                await node.start_agent(secret=self.lab.secret, bootstrap=bootstrap, extra=self.options.agent_flags)
+                await node.start_agent(secret=self.lab.secret, bootstrap=bootstrap, extra=flags)
         if with_agent:
             await trio.sleep(SETTLE_S)
         await trio.to_thread.run_sync(drop_caches)
@@ -207,9 +211,10 @@ async def run(options: Options) -> int:
         await push_image(images["esgz"], lab.pushed(ESGZ))
         await push_image(images["gzip"], lab.pushed(GZIP))
         bench = Bench(options, lab, images["esgz"], images["gzip"])
-        for name in ("start", "files"):
+        groups = {"start": bench.start, "files": bench.files, "formats": partial(formats, bench)}
+        for name, group in groups.items():
             if name in options.rows:
-                await getattr(bench, name)()
+                await group()
     facts = {
         "image_bytes": {form: image.size for form, image in images.items()},
         "link": {"round_trip_s": options.round_trip_s, "rate_bps": options.rate_bps},
@@ -233,7 +238,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5, help="turns (default: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write raw values and ratios")
-    parser.add_argument("--rows", default="start,files", help="which groups: start, files (default: both)")
+    parser.add_argument("--rows", default="start,files,formats", help="which groups: start, files, formats (default: all)")
     parser.add_argument(
         "--snapshotter", type=_pair, action="append", default=[], metavar="NAME=SOCKET", help="another contestant"
     )
