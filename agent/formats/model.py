@@ -134,6 +134,7 @@ _MEMBERS_MAGIC: Final = b"SHOALMB1"
 PRIME_IN_MEMBER: Final = 8
 """Flag in `MemberTable.bits`; see there."""
 _LITTLE: Final = sys.byteorder == "little"
+_UNKNOWN: Final = bytes(32)
 
 
 class ChunkTable:
@@ -141,9 +142,9 @@ class ChunkTable:
 
     Columns, indexed by chunk number: `blob_offset` of the compressed member that holds the chunk, `blob_length` of that whole
     member, `inner_offset` bytes to skip after decompressing it, `size` uncompressed, `volume_offset` where the chunk lies in
-    the volume. Digest number i is `digests[32 * i:32 * i + 32]` (raw, of the table's `digester`). Several chunks may share a
-    member, and several rows may have the same bytes of it (for several places in the volume). Rows ascend by (blob_offset,
-    inner_offset).
+    the volume. Digest number i is `digests[32 * i:32 * i + 32]` (raw, of the table's `digester`), zeros for a chunk of which the
+    index does not say it (`is_known`). Several chunks may share a member, and several rows may have the same bytes of it (for
+    several places in the volume). Rows ascend by (blob_offset, inner_offset).
 
     On disk (`to_bytes`): magic `SHOALCH2`, u64 count, u64 digester (0 sha256, 1 blake3), then the columns in the order above
     (u64, u32, u32, u32, u64), then the digests; little-endian, each column starting right behind the one before.
@@ -189,6 +190,16 @@ class ChunkTable:
     def digest(self, number: int) -> bytes:
         """Raw digest of the chunk's uncompressed bytes."""
         return bytes(self.digests[32 * number : 32 * number + 32])
+
+    def is_known(self, number: int) -> bool:
+        """Whether the index says the chunk's digest. One that it does not may be taken only out of a piece that was verified."""
+        return self.digests[32 * number : 32 * number + 32] != _UNKNOWN
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the index says every chunk's digest."""
+        # Zeros nowhere, in nearly every table; else it matters whether they are one row's.
+        return _UNKNOWN not in self.digests or all(self.is_known(number) for number in range(len(self)))
 
     def is_right(self, number: int, data: bytes | bytearray | memoryview) -> bool:
         """Whether `data` are the chunk's bytes, by its digest."""
@@ -269,9 +280,6 @@ class ChunkTable:
             at += count * column.itemsize
         table.digests += view[at:]
         return table
-
-
-_UNKNOWN: Final = bytes(32)
 
 
 @attrs.frozen

@@ -31,6 +31,9 @@ _VERSION: Final = 1
 _AT_ONCE: Final = 500
 """Parameters of one statement; SQLite's own limit was 999 until 3.32."""
 
+_UNKNOWN_KEY: Final = 0
+"""Of chunks without a digest (`ChunkTable.is_known`): nobody is to find them."""
+
 _LOG_PAGES: Final = 32
 _LOG_BYTES: Final = 256 << 10
 
@@ -114,6 +117,7 @@ class Catalogue:
             ((number,),) = db.execute("SELECT number FROM layers WHERE digest = ?", (digest,)).fetchall()
             db.execute("UPDATE layers SET is_indexed = 1 WHERE number = ?", (number,))
             firsts = {key: chunk for chunk, key in zip(range(count - 1, -1, -1), reversed(keys), strict=True)}
+            firsts.pop(_UNKNOWN_KEY, None)
             # In the order of the key: the tree is filled from left to right, which takes half the time.
             rows = ((key, number, firsts[key]) for key in sorted(firsts))
             db.executemany("INSERT OR REPLACE INTO chunks VALUES (?, ?, ?)", rows)

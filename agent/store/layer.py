@@ -58,6 +58,7 @@ class StoredLayer:
         self._piece_doubts = opened.piece_doubt.count()
         self._piece_lock = threading.Lock()
         self._data_fd, self._blob_fd = opened.data_fd, opened.blob_fd
+        self._learnt = opened.learnt
         self._gate = Gate()
         self._writing = writing
         self._on_written, self._on_full = on_written, on_full
@@ -144,6 +145,8 @@ class StoredLayer:
             if self._presence.has(number):
                 return
             write_all(self._data_fd, data, self.chunks.volume_offset[number])
+            if self._learnt is not None and not self.chunks.is_known(number):
+                self._learnt.learn(self._presence.first(number), data)
             self._presence.add(number)
             self._is_dirty = True
         self.touch()
@@ -173,7 +176,7 @@ class StoredLayer:
             if not is_here and not self._presence.is_doubtful(number):
                 return False
             try:
-                is_good = self.chunks.is_right(number, self._read_place(number))
+                is_good = self._is_right(number, self._read_place(number))
             except OSError:  # a bad sector is as good as wrong bytes: both are fetched again
                 is_good = False
             if not is_good:
@@ -200,6 +203,11 @@ class StoredLayer:
         with self._shared("forgetting a chunk"):
             self._presence.drop(number)
             self._is_dirty = True
+
+    def _is_right(self, number: int, data: bytes) -> bool:
+        if self._learnt is not None and not self.chunks.is_known(number):
+            return self._learnt.is_right(self._presence.first(number), data)
+        return self.chunks.is_right(number, data)
 
     def _read_place(self, number: int) -> bytes:
         return read_exactly(self._data_fd, self.chunks.volume_offset[number], self.chunks.size[number])
@@ -421,7 +429,8 @@ class StoredLayer:
             chunks = self._presence.snapshot()
             with self._piece_lock:
                 pieces = self._held_or_doubted()
-            fds = [os.dup(self._data_fd), os.dup(self._blob_fd)]  # the gate is not held while the disk works
+            fds = [self._data_fd, self._blob_fd, *([self._learnt.fileno()] if self._learnt is not None else [])]
+            fds = [os.dup(fd) for fd in fds]  # the gate is not held while the disk works
         try:
             with self._mapped_errors("checkpointing"):
                 for fd in fds:
@@ -466,6 +475,8 @@ class StoredLayer:
                 self._is_closed = True
                 os.close(self._data_fd)
                 os.close(self._blob_fd)
+                if self._learnt is not None:
+                    self._learnt.close()
             if unmap:
                 self._presence.close()
                 self._piece_map.close()

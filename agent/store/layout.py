@@ -9,6 +9,7 @@
     data          the volume, sparse         blob          the compressed bytes, sparse
     blocks.map    what fsmount may serve     chunks.map    chunks that are here     pieces.map    pieces that are held
     chunks.doubt  pieces.doubt               the same, of what an unclean boot has put in doubt
+    chunks.learnt digests of chunks, only if the index lacks some (`agent.store.learnt`)
     chunks.saved  pieces.saved               checkpoint: magic SHOALCP1, u64 bits, u32 CRC-32 of the bits, bits; little-endian
 
 The directory is made under `temporary/` and renamed, so that it is complete or absent. The header has the SHA-256 of the
@@ -43,6 +44,7 @@ from agent.formats.model import (
     PieceTable,
     parse_digest,
 )
+from agent.store.learnt import LearntDigests
 from agent.store.presence import Presence, blocks_of, find_firsts
 from fsmount.bitmap import Bitmap, BitmapError
 
@@ -150,6 +152,7 @@ class LayerPaths:
     piece_map: Path
     chunk_doubt: Path
     piece_doubt: Path
+    learnt: Path
     chunk_saved: Path
     piece_saved: Path
 
@@ -170,6 +173,7 @@ class LayerPaths:
             piece_map=root / "pieces.map",
             chunk_doubt=root / "chunks.doubt",
             piece_doubt=root / "pieces.doubt",
+            learnt=root / "chunks.learnt",
             chunk_saved=root / "chunks.saved",
             piece_saved=root / "pieces.saved",
         )
@@ -226,6 +230,8 @@ def write_layer(
     for path, size in ((paths.data, data_size(index.volume_size)), (paths.blob, header.blob_size)):
         with path.open("wb") as file:
             file.truncate(size)
+    if not index.chunks.is_complete:
+        LearntDigests.create(paths.learnt, len(index.chunks))
     chunks, pieces, blocks = len(index.chunks), len(index.pieces), blocks_of(index.volume_size)
     for path, bits, unit in (
         (paths.chunk_map, chunks, 1),
@@ -240,8 +246,9 @@ def write_layer(
 def sync_layer(root: Path) -> None:
     """Make a layer's index files durable (the data follow with the checkpoints)."""
     paths = LayerPaths.of(root)
-    if paths.member_table.exists():
-        sync_path(paths.member_table)
+    for path in (paths.member_table, paths.learnt):
+        if path.exists():
+            sync_path(path)
     for path in (paths.header, paths.chunk_table, paths.piece_table, paths.image, root, root.parent):
         sync_path(path)
 
@@ -292,6 +299,10 @@ def check_pieces(chunks: ChunkTable, pieces: PieceTable, codec: str) -> None:
         )
     if len(pieces.digests) not in {0, 32 * len(pieces)}:
         raise FormatError(f"the piece table has {len(pieces.digests)} bytes of digests for {len(pieces)} pieces")
+    if codec != "whole" and not chunks.is_complete:
+        for piece in range(len(pieces)):
+            if not pieces.digest(piece) and not all(map(chunks.is_known, pieces.chunks_of(piece))):
+                raise FormatError(f"neither piece {piece} nor all of its chunks have a digest")
 
 
 def check_hints(pieces: PieceTable, prefetch_pieces: Sequence[int], parts: Sequence[BlobPart]) -> None:
@@ -364,6 +375,7 @@ class OpenedLayer:
     presence: Presence
     piece_map: Bitmap
     piece_doubt: Bitmap
+    learnt: LearntDigests | None
     data_fd: int
     blob_fd: int
 
@@ -424,13 +436,16 @@ def _open_layer(paths: LayerPaths, fds: list[int], maps: list[Bitmap], *, is_unc
         if bitmap.bits != bits or bitmap.unit != unit:
             raise BitmapError(f"{path.name} has {bitmap.bits} bits of {bitmap.unit}, not {bits} of {unit}")
     chunk_map, chunk_doubt, block_map, piece_map, piece_doubt = maps
+    learnt = LearntDigests.open(paths.learnt, chunks)
+    if learnt is not None:
+        fds.append(learnt.fileno())
     presence = Presence(chunks, header.volume_size, chunk_map=chunk_map, doubt_map=chunk_doubt, block_map=block_map)
     if is_unclean:
         presence.doubt_all(read_saved(paths.chunk_saved, len(chunks)))
         doubt_pieces(piece_map, piece_doubt, read_saved(paths.piece_saved, len(pieces)))
     else:
         presence.rebuild_blocks()
-    return OpenedLayer(header, chunks, pieces, members, presence, piece_map, piece_doubt, *fds)
+    return OpenedLayer(header, chunks, pieces, members, presence, piece_map, piece_doubt, learnt, *fds[:2])
 
 
 def doubt_pieces(piece_map: Bitmap, piece_doubt: Bitmap, also: bytes = b"") -> None:
