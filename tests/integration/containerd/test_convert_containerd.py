@@ -48,7 +48,7 @@ async def alone(binaries: ContainerdBinaries, folder: Path) -> AsyncIterator[Run
 
 async def unpacked(containerd: RunningContainerd, folder: Path, image: str) -> Facts:
     """The image's files as plain containerd pulls and unpacks them."""
-    target = folder / "mounted"
+    target = folder / f"mounted-{image.rpartition(':')[2]}"  # 2.x remembers a target for a while
     target.mkdir()
     await containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "overlayfs", image)
     await containerd.ctr("images", "mount", "--snapshotter", "overlayfs", image, str(target))
