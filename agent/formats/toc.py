@@ -73,7 +73,8 @@ class Dialect:
 class TocText:
     """Splits the text of a TOC, as it comes, into entries.
 
-    `fields` are the other things at the top of the TOC; complete when the last entry has been taken.
+    `fields` are the other things at the top of the TOC, complete when the last entry has been taken: integers and short strings,
+    for the rest None.
     """
 
     def __init__(self, parts: Iterable[bytes]) -> None:
@@ -114,7 +115,9 @@ class TocText:
                 elif self._value() is not None:
                     raise FormatError("the TOC has no list of entries")
             else:
-                self.fields[key[:100]] = self._value()
+                value = self._value()
+                is_known = isinstance(value, int) or (isinstance(value, str) and len(value) <= 100)
+                self.fields[key[:100]] = value if is_known else None
                 if len(self.fields) > 1000:
                     raise FormatError("a TOC with more than 1000 fields")
             if self._peek() == "}":
