@@ -92,6 +92,19 @@ async def test_a_lost_file_quarantines_the_layer(tmp_path: Path) -> None:
         assert store.layers() == []
 
 
+async def test_pieces_are_judged_by_their_own_digests(tmp_path: Path) -> None:
+    sample = without_digests(usual_sample())
+    async with open_store(tmp_path, quota_bytes=None) as store:
+        layer = await fill(store, sample)
+        layer.write_blob(0, sample.blob)
+        for number in range(len(layer.pieces)):
+            layer.mark_piece(number)
+        assert (await store.scrub(share=1)).bad == ()
+        flip(layer.blob_path, layer.pieces.starts[1] + 7)
+        report = await store.scrub(share=1)
+        assert [(spot.kind, spot.number) for spot in report.bad] == [("piece", 1)]
+
+
 async def test_something_must_vouch_for_a_chunk(tmp_path: Path) -> None:
     sample = without_digests(usual_sample())
     pieces = sample.index.pieces
