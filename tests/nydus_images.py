@@ -1,8 +1,12 @@
 """Nydus fixtures: a driver that answers what a reader wants from an OCI layout, and a decoder of every codec in a few lines."""
 
 import gzip
+import io
 import json
+import tarfile
 import zlib
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,11 @@ import attrs
 import lz4.block
 import zstandard
 
-from agent.formats.model import Digest, LayerIndex, MemberTable, digest_of
+from agent.formats.model import Digest, Inode, InodeKind, LayerIndex, MemberTable, digest_of
 from agent.formats.nydus import FORMAT
+from agent.formats.nydus.packaging import unpack_layer
 from agent.formats.opening import BlobRange, LayerFacts
+from agent.formats.tree import walk
 
 
 @attrs.frozen
@@ -47,13 +53,34 @@ class Repository:
         return b"".join(out)
 
 
-def facts_of(layers: list[Any], digests: list[str]) -> LayerFacts:
-    """The facts of an image's last layer."""
+def facts_of(layers: Sequence[Any], digests: Sequence[str] = ()) -> LayerFacts:
+    """The facts of an image's last layer; digests are computed if they are not given."""
     siblings = tuple(
         LayerFacts(Digest(digest), len(layer.blob), layer.media_type, layer.annotations)
-        for layer, digest in zip(layers, digests, strict=True)
+        for layer, digest in zip(layers, digests or [digest_of(layer.blob) for layer in layers], strict=True)
     )
     return attrs.evolve(siblings[-1], siblings=siblings)
+
+
+@attrs.frozen
+class FixtureImage:
+    """A fixture image taken apart."""
+
+    tag: str
+    facts: LayerFacts
+    blobs: dict[str, bytes]
+    bootstrap: bytes
+    metas: dict[str, bytes]
+
+
+def read_image(folder: Path, blobs: dict[str, bytes], tag: str) -> FixtureImage:
+    """The image of a tag."""
+    index = json.loads((folder / "images" / "index.json").read_bytes())
+    (found,) = (m for m in index["manifests"] if m["annotations"]["org.opencontainers.image.ref.name"] == tag)
+    layers = json.loads(blobs[found["digest"]])["layers"]
+    siblings = tuple(LayerFacts(a["digest"], a["size"], a["mediaType"], a.get("annotations") or {}) for a in layers)
+    files = unpack_layer(blobs[siblings[-1].digest])
+    return FixtureImage(tag, attrs.evolve(siblings[-1], siblings=siblings), blobs, files.bootstrap, files.metas)
 
 
 def read_blobs(folder: Path) -> dict[str, bytes]:
@@ -75,18 +102,75 @@ def read_truth(folder: Path) -> dict[str, dict[str, Any]]:
     return out
 
 
-def replace_bootstrap(last: LayerFacts, blobs: dict[str, bytes], bootstrap: bytes) -> tuple[LayerFacts, Repository]:
-    """The image with another bootstrap."""
-    header = bytearray(512)
-    header[:16] = b"image/image.boot"
-    header[124:136] = b"%011o\0" % len(bootstrap)
-    header[156:157] = b"0"
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    layer = bytes(header) + bootstrap + bytes(-len(bootstrap) % 512 + 1024)
+def make_tar(files: dict[str, bytes]) -> bytes:
+    """A plain tar."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return out.getvalue()
+
+
+def replace_bootstrap(
+    last: LayerFacts, blobs: dict[str, bytes], bootstrap: bytes, metas: dict[str, bytes] | None = None
+) -> tuple[LayerFacts, Repository]:
+    """The image with another bootstrap, and tables of blobs beside it by the blobs' ids."""
+    files = {f"image/{name}.blob.meta": meta for name, meta in (metas or {}).items()}
+    return replace_layer(last, blobs, make_tar({"image/image.boot": bootstrap, **files}))
+
+
+def replace_layer(last: LayerFacts, blobs: dict[str, bytes], layer: bytes) -> tuple[LayerFacts, Repository]:
+    """The image with another last layer."""
     digest = digest_of(layer)
-    own = LayerFacts(digest, len(layer), last.media_type, last.annotations)
+    annotations = {"containerd.io/snapshot/nydus-bootstrap": "true"}
+    own = LayerFacts(digest, len(layer), "application/vnd.oci.image.layer.v1.tar+gzip", annotations)
     return attrs.evolve(own, siblings=(*last.siblings[:-1], own)), Repository({**blobs, digest: layer})
+
+
+def check_index(index: LayerIndex) -> None:
+    """What the model promises, whatever the image was."""
+    chunks, pieces = index.chunks, index.pieces
+    ends = [0, *accumulate(part.size for part in index.parts)]
+    assert ends[-1] == pieces.blob_size
+    assert set(ends) <= set(pieces.starts)
+    assert all(0 <= part.start <= part.start + part.size <= part.blob_size for part in index.parts)
+    assert list(pieces.starts) == sorted(set(pieces.starts))
+    assert pieces.first_chunk[len(pieces)] == len(chunks)
+    assert pieces.index_piece == len(pieces) - 1
+    order = list(zip(chunks.blob_offset, chunks.inner_offset, chunks.volume_offset, strict=True))
+    assert all(a < b for a, b in pairwise(order))
+    for piece in range(len(pieces)):
+        start, stop = pieces.extent(piece)
+        for number in pieces.chunks_of(piece):
+            assert start <= chunks.blob_offset[number]
+            assert chunks.blob_offset[number] + chunks.blob_length[number] <= stop
+            assert chunks.volume_offset[number] + chunks.size[number] <= index.volume_size
+    if index.codec == "deflate":
+        assert index.members is not None
+        assert all(index.members.find(offset) >= 0 for offset in chunks.blob_offset)
+    if index.members is not None:
+        assert MemberTable.from_bytes(index.members.to_bytes()).to_bytes() == index.members.to_bytes()
+    assert all(0 <= number < len(pieces) for number in index.prefetch_pieces)
+    seen: dict[int, Inode] = {}
+    directories: list[int] = []
+    for path, inode in walk(index.root):
+        assert len(path) <= 4096
+        seen[id(inode)] = inode
+        if inode.kind is InodeKind.DIRECTORY:
+            directories.append(id(inode))
+        else:
+            assert not inode.children
+        for name in inode.children:
+            assert 0 < len(name) <= 255
+            assert name not in (b".", b"..")
+            assert not {b"/", b"\0"} & {name[at : at + 1] for at in range(len(name))}
+    assert len(directories) == len(set(directories))
+    for inode in seen.values():
+        if inode.kind is InodeKind.FILE and inode.size:
+            assert inode.volume_offset % 4096 == 0
+            assert 0 <= inode.volume_offset <= inode.volume_offset + inode.size <= index.volume_size
 
 
 def read_volume(index: LayerIndex, blob: bytes) -> bytes:

@@ -28,15 +28,22 @@ from agent.formats.model import (
     PieceTable,
 )
 from agent.formats.nydus.blob_meta import INFO_BATCH, INFO_ZRAN, BlobMeta, ZranContext
-from agent.formats.nydus.bootstrap import CHUNK_COMPRESSED, COMPRESSORS, FEATURE_BATCH, MAX_COMPRESSED, BlobEntry, Bootstrap
+from agent.formats.nydus.bootstrap import (
+    CHUNK_BATCH,
+    CHUNK_COMPRESSED,
+    COMPRESSORS,
+    FEATURE_BATCH,
+    MAX_COMPRESSED,
+    BlobEntry,
+    Bootstrap,
+)
 from agent.formats.nydus.packaging import BlobPlace
 from agent.formats.pieces import PIECE_BYTES, cut_pieces
-from agent.formats.tree import walk
 
 _MAX_MEMBER_OUTPUT: Final = 16 << 20
 """Most output of joined contexts: what has to be inflated for the last byte of a member."""
 _MOST_PARTS: Final = 2048
-"""Aim for the parts of one zran image: each is kept with the layer."""
+"""Aim for the parts of one zran image: each is kept with the layer, as far as the contexts allow."""
 _MAX_PREFETCH: Final = 1 << 16
 
 
@@ -174,9 +181,10 @@ def _find_members(
     rows_of: dict[int, list[int]] = {blob: [] for blob in volume.blobs}
     for row in sorted({row for row, _ in volume.placed}):
         rows_of[bootstrap.chunks.blob[row]].append(row)
+    target = max(PIECE_BYTES, sum(places[blob].size for blob in rows_of) // _MOST_PARTS)
     for blob, rows in rows_of.items():
         if bootstrap.blobs[blob].is_zran:
-            _add_zran(bootstrap, places[blob], metas[blob], rows, members)
+            _add_zran(bootstrap, places[blob], metas[blob], rows, members, target)
         else:
             _add_blob(bootstrap, places[blob], metas.get(blob), rows, members)
     return members
@@ -188,9 +196,9 @@ def _add_blob(bootstrap: Bootstrap, place: BlobPlace, meta: BlobMeta | None, row
     found: list[tuple[int, int]] = []
     for row in rows:
         start, length, size, inner = chunks.compressed_offset[row], chunks.compressed_size[row], chunks.size[row], 0
-        if not 0 < size <= MAX_CHUNK_BYTES:
-            raise FormatError(f"a chunk of {size} bytes")
-        if not length:
+        if not 0 < size <= MAX_CHUNK_BYTES or start >= MAX_COMPRESSED:
+            raise FormatError(f"a chunk of {size} bytes at {start}")
+        if not length or chunks.flags[row] & CHUNK_BATCH:
             start, length, inner, unpacked = _find_in_batch(meta, chunks.index[row], chunks.offset[row], size)
             if length == unpacked:  # stored as it is, so the chunk can be had without the rest
                 start, length, inner = start + inner, size, 0
@@ -220,7 +228,9 @@ def _find_in_batch(meta: BlobMeta | None, index: int, offset: int, size: int) ->
     return info.compressed_offset, length, info.inner, unpacked
 
 
-def _add_zran(bootstrap: Bootstrap, place: BlobPlace, meta: BlobMeta, rows: Sequence[int], members: _Members) -> None:
+def _add_zran(
+    bootstrap: Bootstrap, place: BlobPlace, meta: BlobMeta, rows: Sequence[int], members: _Members, target: int
+) -> None:
     chunks = bootstrap.chunks
     context_of: dict[int, int] = {}
     inner_of: dict[int, int] = {}
@@ -231,7 +241,7 @@ def _add_zran(bootstrap: Bootstrap, place: BlobPlace, meta: BlobMeta, rows: Sequ
         context_of[row], inner_of[row] = info.context, info.inner
     contexts = {number: meta.zran(number) for number in sorted(set(context_of.values()))}
     joined: dict[int, tuple[int, int, int]] = {}
-    for numbers in _join(contexts, max(PIECE_BYTES, place.size // _MOST_PARTS)):
+    for numbers in _join(contexts, target):
         first, last = contexts[numbers[0]], contexts[numbers[-1]]
         stop = max(contexts[number].start + contexts[number].length for number in numbers)
         base = members.add_part(place.digest, first.start, stop, place.size)
@@ -273,16 +283,18 @@ def _tabulate(bootstrap: Bootstrap, volume: Volume, members: _Members) -> ChunkT
     sizes, digests = bootstrap.chunks.size, bytes(bootstrap.chunks.digests)
     offsets, lengths, inners = members.offset, members.length, members.inner
     table = ChunkTable(bootstrap.digester)
-    last_offset, last_stop, last_inner, last_size = -1, 0, 0, 0
+    last_offset, last_stop, last_inner, last_size, last_digest = -1, 0, 0, 0, b""
     for offset, inner, place, row in sorted((offsets[row], inners[row], place, row) for row, place in volume.placed):
-        size, length = sizes[row], lengths[row]
+        size, length, digest = sizes[row], lengths[row], digests[32 * row : 32 * row + 32]
         if offset != last_offset:
             if offset < last_stop:
                 raise FormatError(f"members overlap at {offset} of the spliced blob")
-        elif offset + length != last_stop or (inner < last_inner + last_size and (inner, size) != (last_inner, last_size)):
+        elif offset + length != last_stop or (
+            inner < last_inner + last_size and (inner, size, digest) != (last_inner, last_size, last_digest)
+        ):
             raise FormatError(f"chunks overlap at {offset} (inner {inner}) of the spliced blob")
-        last_offset, last_stop, last_inner, last_size = offset, offset + length, inner, size
-        table.append(offset, length, inner, size, digests[32 * row : 32 * row + 32])
+        last_offset, last_stop, last_inner, last_size, last_digest = offset, offset + length, inner, size, digest
+        table.append(offset, length, inner, size, digest)
         table.volume_offset[-1] = place
     return table
 
@@ -306,11 +318,14 @@ def _find_prefetch(bootstrap: Bootstrap, chunks: ChunkTable, pieces: PieceTable)
     found: dict[int, None] = {}
     seen = {id(bootstrap.root)}
     for wanted in bootstrap.prefetch:
-        for _, inode in walk(wanted) if id(wanted) not in seen else ():
-            if inode.kind is InodeKind.FILE and inode.size and id(inode) not in seen:
+        stack = [wanted]
+        while stack and len(found) < _MAX_PREFETCH:
+            inode = stack.pop()
+            if id(inode) in seen:  # and so is all below it
+                continue
+            seen.add(id(inode))
+            stack.extend(reversed(inode.children.values()))
+            if inode.kind is InodeKind.FILE and inode.size:
                 for number in chunks.overlapping(inode.volume_offset, inode.volume_offset + inode.size):
                     found[pieces.piece_of_chunk(number)] = None
-            seen.add(id(inode))
-        if len(found) >= _MAX_PREFETCH:
-            break
     return tuple(found)[:_MAX_PREFETCH]

@@ -39,6 +39,8 @@ FEATURE_EXTERNAL: Final = 0x800
 CHUNK_COMPRESSED: Final = 1
 CHUNK_HOLE: Final = 2
 CHUNK_ENCRYPTED: Final = 4
+CHUNK_BATCH: Final = 8
+"""Not always set: a chunk of a batch has no compressed size of its own."""
 
 CHUNK_ROW: Final = struct.Struct("<32sIIIIQQQII")
 """digest, blob, flags, size compressed, size, offset compressed, offset, offset in the file, number in the blob, CRC-32."""

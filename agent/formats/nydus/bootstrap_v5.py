@@ -106,12 +106,11 @@ class _Parser:
         blobs = self._read_blobs(blob_table, blob_table_size, extended, extended_count, compressors[0] if compressors else 0)
         self._blob_count = len(blobs)
         root = self._read_tree()
-        self._budget.take(prefetch, 4 * prefetch_count)
         wanted = []
-        for number in struct.unpack_from(f"<{prefetch_count}I", data, prefetch):
-            found = self._by_entry.get(number - 1)
-            if found is not None:
-                wanted.append(found)
+        if prefetch_count:
+            self._budget.take(prefetch, 4 * prefetch_count)
+            numbers = struct.unpack_from(f"<{prefetch_count}I", data, prefetch)
+            wanted = [self._by_entry[number - 1] for number in numbers if number - 1 in self._by_entry]
         return Bootstrap(
             5,
             digester,
@@ -144,7 +143,8 @@ class _Parser:
                 raise FormatError(f"more than {MAX_BLOBS} blobs")
         if extended_count > MAX_BLOBS:
             raise FormatError(f"{extended_count} rows in the extended blob table")
-        self._budget.take(extended, _EXTENDED_BLOB.size * extended_count)
+        if extended_count:
+            self._budget.take(extended, _EXTENDED_BLOB.size * extended_count)
         entries = []
         for number, blob_id in enumerate(ids):
             chunk_count = features = csize = 0

@@ -4,6 +4,7 @@ One bootstrap, in the last layer, is merged over all the image's layers; the oth
 pushed by hand, have no bootstrap layer: each blob has a bootstrap of its own at its end.
 """
 
+import io
 from collections.abc import Sequence
 from typing import Final
 
@@ -54,8 +55,8 @@ class _Collector:
     """Keeps the files of a bootstrap layer's tar that are wanted."""
 
     def __init__(self) -> None:
-        self.files: dict[str, bytearray] = {}
-        self._file: bytearray | None = None
+        self.files: dict[str, io.BytesIO] = {}
+        self._file: io.BytesIO | None = None
         self._held = 0
 
     def entry(self, entry: TarEntry) -> None:
@@ -65,13 +66,12 @@ class _Collector:
             self._held += entry.size
             if self._held > MAX_UNPACKED_BYTES:
                 raise FormatError(f"a bootstrap layer of more than {MAX_UNPACKED_BYTES} bytes")
-            self._file = self.files[name] = bytearray()
+            self._file = self.files[name] = io.BytesIO()
 
     def data(self, offset: int, view: memoryview) -> None:
         if self._file is not None:
-            if offset > len(self._file):
-                self._file += bytes(offset - len(self._file))
-            self._file += view
+            self._file.seek(offset)
+            self._file.write(view)
 
     def end(self) -> None:
         self._file = None
@@ -100,8 +100,8 @@ def unpack_layer(blob: bytes) -> BootstrapFiles:
     found = files.pop(_IMAGE, None)
     if found is None:
         raise FormatError(f"no {_IMAGE} in the bootstrap layer")
-    metas = {name.rpartition("/")[2].removesuffix(_META): bytes(data) for name, data in files.items()}
-    return BootstrapFiles(bytes(found), metas)
+    metas = {name.rpartition("/")[2].removesuffix(_META): data.getvalue() for name, data in files.items()}
+    return BootstrapFiles(found.getvalue(), metas)  # not a copy: BytesIO gives away what it holds
 
 
 @attrs.frozen

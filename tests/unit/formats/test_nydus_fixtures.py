@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import pytest
 
-from agent.formats.model import BlobPart, ChunkTable, FormatError, LayerIndex, PieceTable, digest_of
+from agent.formats.model import BlobPart, ChunkTable, FormatError, LayerIndex, PieceTable
 from agent.formats.nydus import FORMAT
 from agent.formats.nydus.blob_toc import read_toc
 from agent.formats.nydus.packaging import unpack_layer
@@ -39,8 +39,7 @@ def truth(shared_fixtures: Path) -> dict[str, dict[str, Any]]:
 
 
 def facts(images: Any, tag: str) -> LayerFacts:
-    layers = images.layers(tag)
-    return facts_of(layers, [digest_of(layer.blob) for layer in layers])
+    return facts_of(images.layers(tag))
 
 
 def drive(images: Any, blobs: dict[str, bytes], tag: str) -> tuple[LayerIndex, Repository]:
