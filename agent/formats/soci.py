@@ -2,7 +2,8 @@
 
 Version 2: the image's manifest names the SOCI index by an annotation, so that who vouches for the image vouches for the index.
 Version 1: the index refers to the image, and anybody who may push to the repository can add one; it is used only where the
-operator has switched it on. Either index is a manifest whose layers are zTOCs, each with the digest of the layer that it is of.
+operator has switched it on. Either index is a manifest whose layers are zTOCs, each with the digest of the layer that it is of,
+and lists of spans to fetch first, likewise. Such a list is a hint: one that cannot be read is reported and left out.
 """
 
 import json
@@ -17,8 +18,12 @@ from agent.formats.ztoc import MAX_ZTOC_BYTES, Ztoc
 INDEX_DIGEST: Final = "com.amazon.soci.index-digest"
 LAYER_DIGEST: Final = "com.amazon.soci.image-layer-digest"
 INDEX_V1: Final = "application/vnd.amazon.soci.index.v1+json"
+PREFETCH: Final = "application/vnd.amazon.soci.prefetch.v1+json"
 
 _MAX_MANIFEST: Final = 4 << 20
+_MAX_PREFETCH: Final = 1 << 20
+_MAX_RANGES: Final = 1 << 12
+"""Bytes, and ranges of spans, of a list of what to fetch first."""
 _HEADER_GUESS: Final = 4096
 """A gzip header has ten bytes and perhaps a file's name."""
 
@@ -49,7 +54,8 @@ class SociFormat:
             raise FormatError(f"the image names SOCI index {index_digest}, which its repository does not have")
         if digest_of(manifest) != index_digest:
             raise FormatError(f"SOCI index {index_digest} has other bytes")
-        blob, size = _find_ztoc(manifest, facts.digest)
+        listed = _of_layer(manifest, facts.digest)
+        blob, size = _find_ztoc(listed, facts.digest)
         data = yield BlobRange(0, size, blob=blob, blob_size=size)
         if digest_of(data) != blob:
             raise FormatError(f"the zTOC of layer {facts.digest} is not what the SOCI index says")
@@ -57,7 +63,17 @@ class SociFormat:
         header = b""
         if ztoc.needs_header:
             header = yield BlobRange(0, min(_HEADER_GUESS, facts.size))
-        return ztoc.read(header)
+        ranges: list[tuple[int, int]] = []
+        warnings: list[str] = []
+        for descriptor in listed:
+            if descriptor.get("mediaType") == PREFETCH:
+                try:
+                    blob, size = _locate(descriptor, _MAX_PREFETCH)
+                    hints = yield BlobRange(0, size, blob=blob, blob_size=size)
+                    ranges += _read_ranges(hints, blob)
+                except FormatError as exc:
+                    warnings.append(f"a list of spans to fetch first was left out: {exc}")
+        return ztoc.read(header, ranges[:_MAX_RANGES], warnings[:10])
 
 
 def _load(raw: bytes, what: str) -> dict[str, Any]:
@@ -86,17 +102,42 @@ def _first_index(referrers: bytes) -> Digest:
     raise FormatError("no SOCI index refers to the image")
 
 
-def _find_ztoc(manifest: bytes, layer: Digest) -> tuple[Digest, int]:
-    """Digest and size of the layer's zTOC."""
+def _of_layer(manifest: bytes, layer: Digest) -> list[dict[str, Any]]:
+    """What the SOCI index has of a layer."""
+    found = []
     for descriptor in _descriptors(_load(manifest, "a SOCI index"), "layers"):
         annotations = descriptor.get("annotations")
-        if not isinstance(annotations, dict) or annotations.get(LAYER_DIGEST) != layer:
-            continue
-        size = descriptor.get("size")
-        if type(size) is not int or not 0 < size <= MAX_ZTOC_BYTES:
-            raise FormatError(f"a zTOC of {str(size)[:40]} bytes")
-        return parse_digest(str(descriptor.get("digest"))), size
+        if isinstance(annotations, dict) and annotations.get(LAYER_DIGEST) == layer:
+            found.append(descriptor)
+    return found
+
+
+def _find_ztoc(listed: list[dict[str, Any]], layer: Digest) -> tuple[Digest, int]:
+    """Digest and size of the layer's zTOC."""
+    for descriptor in listed:
+        if descriptor.get("mediaType") != PREFETCH:
+            return _locate(descriptor, MAX_ZTOC_BYTES)
     raise FormatError(f"the SOCI index has no zTOC of layer {layer}")
+
+
+def _locate(descriptor: dict[str, Any], most: int) -> tuple[Digest, int]:
+    size = descriptor.get("size")
+    if type(size) is not int or not 0 < size <= most:
+        raise FormatError(f"a blob of {str(size)[:40]} bytes in the SOCI index, at most {most} are read")
+    return parse_digest(str(descriptor.get("digest"))), size
+
+
+def _read_ranges(raw: bytes, digest: Digest) -> list[tuple[int, int]]:
+    """Half-open ranges of spans."""
+    if digest_of(raw) != digest:
+        raise FormatError("it is not what the SOCI index says")
+    found = []
+    for item in _descriptors(_load(raw, "a list of spans"), "prefetch_spans"):
+        first, last = item.get("start_span"), item.get("end_span")
+        if type(first) is not int or type(last) is not int:
+            raise FormatError("a span that is no number")
+        found.append((first, last + 1))
+    return found
 
 
 FORMAT: Final = SociFormat()

@@ -16,7 +16,8 @@ map from one to the other.
 import struct
 from array import array
 from bisect import bisect_right
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import chain, islice, pairwise
 from typing import Final
 
 import attrs
@@ -40,8 +41,8 @@ from agent.formats.tar import TarEntry, apply_pax
 from agent.formats.toc import NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_NAME, parse_rfc3339
 from agent.formats.tree import MAX_INODES, TreeBuilder, check_xattrs, walk
 
-MAX_ZTOC_BYTES: Final = 64 << 20
-"""Cap on a zTOC: that of an 8 GiB layer at the default span; its windows are held twice while it is read."""
+MAX_ZTOC_BYTES: Final = 48 << 20
+"""Cap on a zTOC: that of a 6 GiB layer at the default span; its windows are held three times while it is read and stored."""
 MAX_UNCOMPRESSED: Final = 1 << 40
 CHUNK_BYTES: Final = 4 << 20
 """A chunk is no larger, so that readers need not wait for the end of a long span."""
@@ -134,8 +135,8 @@ class Ztoc:
         """Whether the first checkpoint is missing, as old builders had it: the blob's gzip header tells where it lies."""
         return self._algorithm == _GZIP and len(self._points) == _HEAD.size + (self._span_count - 1) * _POINT_BYTES
 
-    def read(self, header: bytes = b"") -> LayerIndex:
-        """The layer's index; `header` is the beginning of the blob if it is needed.
+    def read(self, header: bytes = b"", ranges: Sequence[tuple[int, int]] = (), warnings: Sequence[str] = ()) -> LayerIndex:
+        """The layer's index. `header` is the beginning of the blob if it is needed; `ranges` are spans wanted first.
 
         Raises:
             FormatError: anything in the zTOC cannot be true.
@@ -157,8 +158,9 @@ class Ztoc:
             _cut_pieces(spans, first_chunk, self._digests),
             volume_size,
             entries.count,
-            warnings=tuple(entries.tree.warnings),
+            warnings=(*warnings, *entries.tree.warnings),
             members=_tabulate_members(spans, first_chunk) if self._algorithm == _GZIP else None,
+            prefetch_pieces=_wanted_first(spans, ranges),
             parts=spans.parts,
         )
 
@@ -265,7 +267,9 @@ class _EntryReader:
         uid, gid = entry.u32(6), entry.u32(7)
         if _MAX_U32 in (uid, gid):
             raise FormatError(f"owner {uid}:{gid} of {path[:200]!r}")
-        inode = Inode(_KINDS[kind], entry.i64(5) & 0o7777, uid, gid, parse_rfc3339(entry.string(10).decode("latin-1") or _NO_TIME))
+        inode = Inode(
+            _KINDS[kind], entry.i64(5) & 0o7777, uid, gid, parse_rfc3339(entry.string(10).decode("latin-1") or _NO_TIME)
+        )
         if entry.count(13):
             self._apply_records(entry, inode, path)
         if inode.kind is InodeKind.SYMLINK:
@@ -327,6 +331,12 @@ def _cut_pieces(spans: _Spans, first_chunk: "array[int]", digests: bytes) -> Pie
     if spans.base[0] == 0:
         return PieceTable(spans.base, first_chunk, -1, digests)
     return PieceTable(array("Q", [0, *spans.base]), array("I", [0, *first_chunk]), -1, bytes(32) + digests)
+
+
+def _wanted_first(spans: _Spans, ranges: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    lead = 1 if spans.base[0] else 0
+    named = chain.from_iterable(range(max(0, start) + lead, min(stop, len(spans)) + lead) for start, stop in ranges)
+    return tuple(dict.fromkeys(islice(named, 2 * _MAX_SPANS)))  # each once, however often they are named
 
 
 def _tabulate_members(spans: _Spans, first_chunk: "array[int]") -> MemberTable:

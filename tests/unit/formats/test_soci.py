@@ -367,8 +367,33 @@ def test_what_is_not_vouched_for_is_refused(sample: Sample) -> None:
     huge = json.loads(index)
     huge["layers"][0]["size"] = 1 << 40
     raw = json.dumps(huge).encode()
-    with pytest.raises(FormatError, match="a zTOC of"):
+    with pytest.raises(FormatError, match="a blob of"):
         converse(soci.FORMAT, facts_of(sample, raw), {ManifestBytes(digest_of(raw)): raw})
+
+
+@pytest.mark.parametrize(
+    ("spans", "pieces"),
+    [
+        ([{"start_span": 3, "end_span": 3}, {"start_span": 1, "end_span": 2}, {"start_span": 2, "end_span": 3}], (4, 2, 3)),
+        ([{"start_span": -5, "end_span": 1 << 62}] * 10_000, (1, 2, 3, 4, 5, 6, 7)),
+        ([{"start_span": 5, "end_span": 3}], ()),
+        ([{"start_span": "1", "end_span": 3}], None),
+    ],
+)
+def test_spans_to_fetch_first(sample: Sample, spans: list[Any], pieces: tuple[int, ...] | None) -> None:
+    hints = json.dumps({"version": "1.0", "prefetch_spans": spans}).encode()
+    document = json.loads(build_index({digest_text(sample.blob): sample.built.data}))
+    annotations = document["layers"][0]["annotations"]
+    document["layers"].insert(
+        0, {"mediaType": soci.PREFETCH, "digest": digest_text(hints), "size": len(hints), "annotations": annotations}
+    )
+    index = json.dumps(document).encode()
+    answers = answers_of(sample, index)
+    answers[BlobRange(0, len(hints), blob=digest_of(hints), blob_size=len(hints))] = hints
+    found = converse(soci.FORMAT, facts_of(sample, index), answers)
+    assert len(found.pieces) == 8
+    assert found.prefetch_pieces == (pieces or ())
+    assert len(found.warnings) == (pieces is None)
 
 
 def test_the_builder_of_these_tests_agrees_with_itself(sample: Sample) -> None:
