@@ -15,7 +15,7 @@ from typing import Final
 from agent.formats.model import ChunkTable, FormatError, Inode, InodeKind, LayerIndex, digest_of
 from agent.formats.nydus.assemble import assemble, lay_out, needs_tables
 from agent.formats.nydus.blob_meta import HEADER_SIZE, MAX_TABLES, BlobMeta, check_bounds, decompress, read_copy, read_stored
-from agent.formats.nydus.blob_toc import TAIL_SIZE, BlobToc, read_toc
+from agent.formats.nydus.blob_toc import TAIL_SIZE, BlobToc, find_bootstrap, read_toc
 from agent.formats.nydus.bootstrap import BlobEntry, Bootstrap
 from agent.formats.nydus.bootstrap_v5 import is_v5, parse_v5
 from agent.formats.nydus.bootstrap_v6 import is_v6, parse_v6
@@ -34,7 +34,6 @@ from agent.formats.pieces import cut_fixed
 
 _STEP: Final = 4 << 20
 _TOC_DIGESTS: Final = "blob.digest"
-_TOC_BOOTSTRAP: Final = "image.boot"
 
 
 def parse_bootstrap(data: bytes) -> Bootstrap:
@@ -131,8 +130,7 @@ def _read_bootstrap(facts: LayerFacts) -> Generator[Want, bytes, BootstrapFiles]
 def _read_inline(facts: LayerFacts) -> Generator[Want, bytes, BootstrapFiles]:
     """The bootstrap at the end of a data blob, which is verified as a whole."""
     tail = yield BlobRange(max(0, facts.size - TAIL_SIZE), facts.size)
-    toc = read_toc(tail, facts.size)
-    part = toc.parts.get(_TOC_BOOTSTRAP) if toc else None
+    part = find_bootstrap(tail, facts.size)
     if part is None:
         raise FormatError("the image has no bootstrap layer, and the blob no bootstrap")
     if part.size > MAX_UNPACKED_BYTES or part.compressed_size > MAX_LAYER_BYTES:

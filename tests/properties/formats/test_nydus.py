@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from agent.formats.model import FormatError, LayerIndex
 from agent.formats.nydus import parse_bootstrap
 from agent.formats.nydus.blob_meta import decompress
-from agent.formats.nydus.blob_toc import read_toc
+from agent.formats.nydus.blob_toc import find_bootstrap
 from agent.formats.nydus.packaging import unpack_layer
 from agent.formats.opening import LayerFacts
 from tests.nydus_images import FixtureImage, check_index, read_blobs, read_image, replace_bootstrap
@@ -40,11 +40,8 @@ def read(image: FixtureImage, bootstrap: bytes, metas: dict[str, bytes] | None =
 def small(image: FixtureImage, layer: int) -> bytes:
     """The bootstrap of one data layer: a few files, so that every byte of it can be changed in turn."""
     blob = image.blobs[image.facts.siblings[layer].digest]
-    toc = read_toc(blob[-4096:], len(blob))
-    if toc is None:  # v5: the bootstrap is the last part, with its header behind it
-        size = int(blob[-512:][124:135], 8)
-        return blob[-512 - size : -512]
-    part = toc.parts["image.boot"]
+    part = find_bootstrap(blob[-4096:], len(blob))
+    assert part is not None
     found = decompress(blob[part.offset : part.offset + part.compressed_size], part.compressor, part.size)
     digest = image.facts.siblings[layer].digest.removeprefix("sha256:")
     if image.metas and "zran" in image.tag:
@@ -125,12 +122,14 @@ def test_patched_tables(shared_fixtures: Path, patches: list[tuple[int, bytes]])
 @given(tail=st.binary(max_size=200), size=st.integers(0, 4096), blob_size=st.integers(0, 1 << 40))
 def test_any_toc(tail: bytes, size: int, blob_size: int) -> None:
     header = bytearray(512)
-    header[:13] = b"rafs.blob.toc"
     header[124:135] = b"%011o" % size
-    try:
-        read_toc(tail + bytes(header), blob_size)
-    except FormatError:
-        return
+    header[257:262] = b"ustar"
+    for name in (b"rafs.blob.toc", b"image.boot"):
+        header[: len(name)] = name
+        try:
+            find_bootstrap(tail + bytes(header), blob_size)
+        except FormatError:
+            continue
 
 
 @settings(max_examples=200)

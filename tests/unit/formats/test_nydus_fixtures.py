@@ -130,8 +130,9 @@ def test_digests_in_the_blob(images: Any, blobs: dict[str, bytes], truth: dict[s
         repository.drive(changed)
 
 
-def test_bootstrap_inline_in_a_blob(images: Any, blobs: dict[str, bytes]) -> None:
-    last = facts(images, "nydus-v6-zstd")
+@pytest.mark.parametrize("tag", ["nydus-v6-zstd", "nydus-v6-batch", "nydus-v5-lz4", "nydus-zran"])
+def test_bootstrap_inline_in_a_blob(images: Any, blobs: dict[str, bytes], tag: str) -> None:
+    last = facts(images, tag)
     data = attrs.evolve(last.siblings[1], siblings=last.siblings[:2])
     assert FORMAT.recognises(data)
     repository = Repository(blobs)
@@ -142,7 +143,8 @@ def test_bootstrap_inline_in_a_blob(images: Any, blobs: dict[str, bytes]) -> Non
     assert {key: entry.get("sha256") for key, entry in found.items()} == {
         key: entry.get("sha256") for key, entry in truth.items()
     }
-    assert [part.digest for part in index.parts] == [data.digest, data.digest]
+    assert index.parts[-1] == BlobPart(data.digest, data.size)
+    assert [part.digest for part in index.parts[:-1]] == [data.annotations.get("containerd.io/snapshot/nydus-ref", data.digest)]
 
 
 def test_toc_of_a_blob(images: Any) -> None:
