@@ -137,10 +137,12 @@ class _BlobWriter:
         self._add(entry, head, facts)
 
     def keep_end(self, at: int) -> None:
-        """What the tar has from `at` on, behind the last content."""
+        """What the tar has from `at` on, behind the last content: padding and two empty blocks, and what there is besides."""
         self._tar.seek(at)
-        while data := self._tar.read(_READ):
+        size = -at % BLOCK + 2 * BLOCK
+        while data := self._tar.read(size):
             self._segment(data)
+            size = _READ
 
     def end_prefetch(self) -> None:
         """What is wanted at start has been written."""
@@ -261,7 +263,7 @@ class _TocWriter:
         size = entry.size if entry.kind == b"0" else 0
         numbers = {"mode": facts.mode, "size": size, "uid": entry.uid, "gid": entry.gid}
         record |= {key: number for key, number in numbers.items() if number}
-        times = {"modtime": entry.mtime_ns or None, "accesstime": facts.atime_ns, "changetime": facts.ctime_ns}
+        times = {"modtime": entry.mtime_ns, "accesstime": facts.atime_ns, "changetime": facts.ctime_ns}
         record |= {key: self._time(time) for key, time in times.items() if time is not None}
         record |= {key: number for key, number in zip(("devMajor", "devMinor"), entry.rdev, strict=True) if number}
         if entry.xattrs:
