@@ -158,7 +158,10 @@ def _add_convert(add: Any) -> None:
         help="only this platform, for example linux/arm64; may be repeated (default: all)",
     )
     convert.add_argument(
-        "--prefetch", metavar="FILE", help='files to load first: one path a line, or a recorded profile ({"paths": [...]})'
+        "--prefetch",
+        dest="prefetch_file",
+        metavar="FILE",
+        help='files to load first: one path a line, or a recorded profile ({"paths": [...]})',
     )
     convert.add_argument("--force", action="store_true", help="convert layers anew that are in the format already")
     convert.add_argument("--namespace", default="default", help="containerd namespace; Kubernetes uses k8s.io (default: default)")
@@ -274,7 +277,7 @@ def _convert(args: argparse.Namespace) -> int:
     from agent.images.convert.command import Request, convert  # noqa: PLC0415 - imports the registry client
     from agent.images.convert.prefetch_list import read_prefetch  # noqa: PLC0415
 
-    prioritized = read_prefetch(Path(args.prefetch)) if args.prefetch else ()
+    prioritized = read_prefetch(Path(args.prefetch_file)) if args.prefetch_file else ()
     request = Request(
         args.source, args.target, args.to, tuple(args.platform), prioritized, args.force, args.namespace, Path(args.work_dir)
     )
