@@ -114,7 +114,7 @@ def test_wrong_contents_are_noticed() -> None:
     def rebuild(content: list[bytes]) -> bytes:
         return b"".join(rebuild_tar(decode_tar_split(packed, length), lambda name: content))
 
-    assert rebuild([b"hel", b"", b"lo"]) == b"headerhellopadding and header"
+    assert rebuild([b"he", b"", b"llo"]) == b"headerhellopadding and header"
     for wrong in ([b"hellO"], [b"hell"], [b"hello", b"!"], []):
         with pytest.raises(FormatError):
             rebuild(wrong)
