@@ -1,5 +1,6 @@
 """From bytes that arrive to chunks in the volume: the buffer between a connection and a worker thread, and what runs in it."""
 
+import hashlib
 from collections import deque
 from collections.abc import Sequence
 from typing import Final
@@ -68,14 +69,18 @@ class Absorber:
     """Takes the bytes of a run as they arrive; runs in worker threads, one call at a time.
 
     Three copies of a byte are made: the block as it came goes to the blob file (write), the decoder's output is hashed in
-    place and goes to the volume (write).
+    place and goes to the volume (write). Of a piece with a digest of its own nothing is decoded before all of it is here and
+    right; its blocks wait in memory until then.
     """
 
     def __init__(
         self, layer: StoredLayer, first_chunk: int, stop_chunk: int, start: int, first_piece: int, *, write_blob: bool = True
     ) -> None:
         self._layer = layer
-        self._decoder = PieceDecoder(layer.chunks, layer.codec, first_chunk, stop_chunk, start)
+        self._decoder = PieceDecoder(layer.chunks, layer.codec, first_chunk, stop_chunk, start, layer.members)
+        self._waiting: list[bytes] = []
+        self._whole_from = -1
+        """Blob offset from which blocks have been kept for the piece that is arriving; -1 if none are."""
         self._next_chunk = first_chunk
         self._stop_chunk = stop_chunk
         self._position = start
@@ -97,23 +102,60 @@ class Absorber:
             FormatError: the bytes are not what the index promises; nothing of the bad chunk was written to the volume.
             StoreError: the disk refused.
         """
-        layer = self._layer
+        layer, starts = self._layer, self._layer.pieces.starts
         for offset, block in batch:
             if offset != self._position:
                 raise FormatError(f"bytes from offset {offset} where {self._position} was due")
             if self._write_blob:
                 layer.write_blob(offset, block)
-            self._position += len(block)
-            for number, data in self._decoder.feed(block):
-                layer.write_chunk(number, data)
-                self._done.append(number)
-                self._next_chunk = number + 1
-            while self._piece < len(layer.pieces) and layer.pieces.starts[self._piece + 1] <= self._position:
-                if self._next_chunk < layer.pieces.first_chunk[self._piece + 1]:
-                    raise FormatError(f"piece {self._piece} ended before its last chunk did")
-                layer.mark_piece(self._piece)
-                self._held.append(self._piece)
-                self._piece += 1
+            view = memoryview(block)
+            while view:
+                # A block may end one piece and begin the next, and each is judged by itself.
+                part = view[: starts[self._piece + 1] - self._position] if self._piece < len(layer.pieces) else view
+                view = view[len(part) :]
+                self._take(part)
+
+    def _take(self, part: memoryview) -> None:
+        """Bytes of the piece that is arriving."""
+        layer, piece, position = self._layer, self._piece, self._position
+        self._position += len(part)
+        if piece >= len(layer.pieces):
+            self._decode(part)
+            return
+        start, stop = layer.pieces.extent(piece)
+        is_last = self._position >= stop
+        digest = layer.pieces.digest(piece)
+        if digest:
+            if not self._waiting:
+                self._whole_from = position
+            self._waiting.append(bytes(part))
+            if not is_last:
+                return
+            whole = b"".join(self._waiting)
+            self._waiting = []
+            # What came before the part that this absorber was given lies in the blob file.
+            before = layer.peek_blob(start, self._whole_from) if self._whole_from > start else b""
+            hasher = hashlib.sha256(before)
+            hasher.update(whole)
+            if hasher.digest() != digest:
+                raise FormatError(f"piece {piece} does not match its digest")
+            self._decoder.is_vouched = True
+            self._decode(memoryview(whole))
+            self._decoder.is_vouched = False
+        else:
+            self._decode(part)
+        if is_last:
+            if self._next_chunk < layer.pieces.first_chunk[piece + 1]:
+                raise FormatError(f"piece {piece} ended before its last chunk did")
+            layer.mark_piece(piece)
+            self._held.append(piece)
+            self._piece += 1
+
+    def _decode(self, data: memoryview) -> None:
+        for number, chunk in self._decoder.feed(data):
+            self._layer.write_chunk(number, chunk)
+            self._done.append(number)
+            self._next_chunk = number + 1
 
     def resume_point(self) -> tuple[int, int]:
         """Blob offset at which to go on, and the first chunk that has not arrived; (-1, 0) if there is none.
@@ -122,7 +164,8 @@ class Absorber:
         """
         if self._next_chunk >= self._stop_chunk:
             return -1, 0
-        return min(self._position, self._layer.chunks.blob_offset[self._next_chunk]), self._next_chunk
+        reached = self._whole_from if self._waiting else self._position
+        return min(reached, self._layer.chunks.blob_offset[self._next_chunk]), self._next_chunk
 
 
 @attrs.frozen

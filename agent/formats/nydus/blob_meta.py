@@ -9,7 +9,7 @@ import struct
 from typing import Final
 
 import attrs
-import lz4.block  # type: ignore[import-untyped]
+import lz4.block
 import zstandard
 from isal import isal_zlib
 
