@@ -23,6 +23,7 @@ from agent.admin.server import Emit, open_admin_server
 from agent.config import UNLIMITED, Settings
 from agent.errors import SettingsError, ShoalError
 from agent.formats.model import Digest
+from agent.images.adopt import NodeChunks
 from agent.images.commands import ImageCommands
 from agent.images.fleet_index import FleetIndexes
 from agent.images.fsmount_link import FsmountLink, open_fsmount_link
@@ -340,6 +341,7 @@ async def _serve(settings: Settings, version: str) -> None:
             await layers.rebuild(layer)
 
         resolver = await stack.enter_async_context(open_resolver(sources, counters, rebuild))
+        resolver.node = NodeChunks(store, trio.CapacityLimiter(1))
 
         async def on_need(need: Need) -> None:
             digest = Digest("sha256:" + need.volume)

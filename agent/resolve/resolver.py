@@ -13,7 +13,7 @@ import errno
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Final
+from typing import Final, Protocol
 
 import attrs
 import structlog
@@ -50,6 +50,16 @@ class Resume:
     chunk: int = 0
 
 
+class NodeChunks(Protocol):
+    """Chunks with the same content at other places of this node."""
+
+    def may_have(self, layer: StoredLayer, chunks: Sequence[int]) -> bool:
+        """Whether asking for any of these is worth the time; no I/O."""
+
+    async def take(self, layer: StoredLayer, chunks: Sequence[int]) -> list[int]:
+        """Copy what is there, verified, into the layer; gives the chunks that came."""
+
+
 @attrs.define(eq=False)
 class _Waiter:
     remaining: set[int]
@@ -81,6 +91,8 @@ class Resolver:
         self._states: dict[str, _LayerState] = {}
         self._queue: PieceQueue[str] = PieceQueue(self._is_wanted, lambda name: len(self._states[name].layer.pieces), LIMITS)
         self._threads = trio.CapacityLimiter(2)
+        self.node: NodeChunks | None = None
+        """Asked before anything is fetched; set by whoever wires the agent."""
         self._refetching: set[tuple[str, int]] = set()
         self._piece_ended = trio.Event()
         self._holders = 0
@@ -249,7 +261,7 @@ class Resolver:
     async def _fetch_pieces(self, run: Run[str], state: _LayerState) -> None:
         layer = state.layer
         excluded: set[str] = set()
-        rounds = 0
+        rounds = looked_until = 0
         resume = Resume()
         while run.first < run.stop:
             if not self._is_wanted(run.key, run.first):
@@ -265,6 +277,14 @@ class Resolver:
                 if found.chunks:
                     self._part_done(state, run.first, found)
                     resume.layer_offset, resume.chunk = found.resume
+                    continue
+            if self.node is not None and looked_until < run.stop:
+                first_chunk, looked_until = layer.pieces.first_chunk, run.stop
+                chunks = range(first_chunk[run.first], first_chunk[run.stop])
+                if self.node.may_have(layer, chunks) and (taken := await self.node.take(layer, chunks)):
+                    members = {layer.chunks.blob_offset[chunk]: layer.chunks.blob_length[chunk] for chunk in taken}
+                    self.counters.cache_bytes += sum(members.values())
+                    self._wake(state, taken)
                     continue
             candidates = self._sourcing.candidates(layer, run.first, run.stop, excluded)
             if not candidates:
@@ -302,13 +322,16 @@ class Resolver:
                     self.counters.bad_chunks += 1
 
     def _stop_of(self, run: Run[str], state: _LayerState, pieces: int) -> int:
-        """Where a request for the run ends: before a piece of which an earlier agent has left a part in the blob file."""
+        """Where a request for the run ends: before a piece of which an earlier agent has left a part in the blob file, or that
+        is not wanted any more."""
         stop, starts = run.first + 1, state.layer.pieces.starts
         most = min(run.stop, run.first + max(1, pieces))
         while stop < most:
             block = -(-starts[stop] // BLOCK_SIZE) * BLOCK_SIZE  # the block before may have data of the piece before
             is_begun = block < starts[stop + 1] and state.layer.blob_has_data(block, block + 1)
             if is_begun and stop not in state.tried_self:
+                break
+            if not self._is_wanted(run.key, stop):
                 break
             stop += 1
         return stop

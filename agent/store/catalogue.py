@@ -134,8 +134,11 @@ class Catalogue:
         with self._transaction() as db:
             db.executemany("UPDATE layers SET last_used = ? WHERE digest = ?", [(at, digest) for digest, at in times])
 
-    def find_chunks(self, digests: Sequence[bytes]) -> list[tuple[int, Digest, int]]:
-        """Where the content may be, as (position in `digests`, layer, chunk); the caller compares the whole digest."""
+    def find_chunks(self, digests: Sequence[bytes], *, apart_from: str = "") -> list[tuple[int, Digest, int]]:
+        """Where the content may be, as (position in `digests`, layer, chunk); the caller compares the whole digest.
+
+        Rows of layer `apart_from` are left out.
+        """
         positions: dict[int, list[int]] = {}
         for at, digest in enumerate(digests):
             positions.setdefault(chunk_key(digest), []).append(at)
@@ -145,10 +148,8 @@ class Catalogue:
             for start in range(0, len(keys), _AT_ONCE):
                 some = keys[start : start + _AT_ONCE]
                 marks = ",".join("?" * len(some))
-                query = (
-                    f"SELECT c.key, l.digest, c.chunk FROM chunks c JOIN layers l ON l.number = c.layer WHERE c.key IN ({marks})"  # noqa: S608
-                )
-                for key, layer, chunk in self._db.execute(query, some):
+                query = f"SELECT c.key, l.digest, c.chunk FROM chunks c JOIN layers l ON l.number = c.layer WHERE c.key IN ({marks}) AND l.digest <> ?"  # noqa: S608
+                for key, layer, chunk in self._db.execute(query, [*some, apart_from]):
                     found.extend((at, Digest(layer), chunk) for at in positions[key])
         return found
 

@@ -9,16 +9,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
 from agent.errors import StoreError
-from agent.formats.model import Digest, FormatError
+from agent.formats.model import BLOCK_SIZE, Digest, FormatError
 from agent.store import verification
 from agent.store.gate import Gate
 from agent.store.layout import LayerPaths, OpenedLayer, data_size, doubt_pieces, is_image_good, write_saved
-from agent.store.sparse import allocated_bytes, has_data, punch_hole, read_exactly, write_all
+from agent.store.sparse import allocated_bytes, clone_range, has_data, punch_hole, read_exactly, write_all
 
 BLOB_READ: Final = 1 << 20
 """Bytes of a blob that are read at once while it is verified."""
@@ -66,6 +66,8 @@ class StoredLayer:
         """Pieces that somebody is writing or about to mark, and when they were last touched: eviction leaves their bytes alone."""
         self._is_dirty = self._is_map_dirty = is_dirty
         self._is_closed = False
+        self._may_clone = True
+        """Until the file system has refused; it would refuse again."""
 
     def __repr__(self) -> str:
         return f"<StoredLayer {self.digest}>"
@@ -189,14 +191,40 @@ class StoredLayer:
     def copy_chunk(self, source: "StoredLayer", source_number: int, number: int) -> bool:
         """Take a chunk with the same digest from another layer (or this one); False if its bytes turn out not to be right.
 
+        Where the file system can, the two share the disk blocks. The bytes are hashed in any case.
+
         Raises:
-            StoreError: the disk refused.
+            StoreError: it is not there, or the disk refused.
         """
-        data = source.read_chunk(source_number)
-        if not self.chunks.is_right(number, data):
-            return False
-        self.write_chunk(number, data)
+        with ExitStack() as stack:
+            stack.enter_context(self._writing.shared())
+            # In one order everywhere: of two that copy from each other each could hold what the other one waits for.
+            for layer in sorted({self, source}, key=lambda layer: layer.digest):
+                stack.enter_context(layer._shared("copying a chunk"))
+            if not source.has_chunk(source_number):
+                raise StoreError(f"chunk {source_number} of {source.digest} is not in the store")
+            if self._presence.has(number):
+                return True
+            data = source._read_place(source_number)
+            if not self.chunks.is_right(number, data):
+                return False
+            cloned = self._clone(source, source.chunks.volume_offset[source_number], self.chunks.volume_offset[number], len(data))
+            write_all(self._data_fd, memoryview(data)[cloned:], self.chunks.volume_offset[number] + cloned)
+            self._presence.add(number)
+            self._is_dirty = True
+        self.touch()
+        self._on_written(len(data) - cloned)
         return True
+
+    def _clone(self, source: "StoredLayer", source_offset: int, offset: int, size: int) -> int:
+        """Share the whole blocks of a chunk; gives the bytes that need not be written."""
+        whole = size - size % BLOCK_SIZE
+        if not self._may_clone or not whole or source_offset % BLOCK_SIZE or offset % BLOCK_SIZE:
+            return 0
+        if clone_range(source._data_fd, source_offset, whole, self._data_fd, offset):
+            return whole
+        self._may_clone = False
+        return 0
 
     def forget_chunk(self, number: int) -> None:
         """Have a chunk fetched again."""

@@ -2,11 +2,15 @@
 
 import ctypes
 import errno
+import fcntl
 import os
+import struct
 from typing import Final
 
 _KEEP_SIZE: Final = 0x01
 _PUNCH_HOLE: Final = 0x02
+_FICLONERANGE: Final = 0x4020940D
+_CLONE: Final = struct.Struct("=qQQQ")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -33,6 +37,21 @@ def punch_hole(fd: int, start: int, stop: int) -> bool:
         return False
     os.ftruncate(fd, 0)
     os.ftruncate(fd, size)
+    return True
+
+
+def clone_range(source_fd: int, source_offset: int, size: int, fd: int, offset: int) -> bool:
+    """Let `fd` share the disk blocks of another file; False where the file system cannot, for these files or this range.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    try:
+        fcntl.ioctl(fd, _FICLONERANGE, _CLONE.pack(source_fd, source_offset, size, offset))
+    except OSError as exc:
+        if exc.errno in {errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EPERM, errno.ETXTBSY}:
+            return False
+        raise
     return True
 
 

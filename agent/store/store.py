@@ -72,6 +72,9 @@ class Store:
         self._pins: dict[Digest, set[str]] = {}
         self._making: dict[Digest, trio.Lock] = {}
         self._unindexed: set[Digest] = set()
+        self._filed: dict[Digest, trio.Event] = {}
+        self._shared: dict[Digest, bytearray] = {}
+        """A byte for every chunk of a layer: whether its content may lie at another place of this node too."""
         self._disk = trio.CapacityLimiter(4)
         self._db = trio.CapacityLimiter(1)
         self._scrubber = trio.CapacityLimiter(1)
@@ -113,6 +116,8 @@ class Store:
                     raise
                 made = await self._in_disk_thread(self._make_layer, digest, index, meta_image, dict(extra))
             self._layers[digest] = made
+            self._unindexed.add(digest)
+            self._filed[digest] = trio.Event()
         self._making.pop(digest, None)  # whoever comes now finds the layer
         self._to_index_send.send_nowait(digest)
         return made
@@ -164,6 +169,7 @@ class Store:
             return
         lost = [number for number in range(len(layer.pieces)) if layer.has_piece(number)]
         self._pins.pop(digest, None)
+        self._shared.pop(digest, None)
         with trio.CancelScope(shield=True):
             await self._in_disk_thread(self._remove_files, layer)
             await self._in_db_thread(self._catalogue.remove_layer, digest)
@@ -176,7 +182,7 @@ class Store:
         shutil.rmtree(doomed, ignore_errors=True)
 
     async def find_chunk(self, digest: bytes) -> tuple[StoredLayer, int] | None:
-        """A layer of this node that has the content (raw SHA-256) of a chunk in its volume, and the chunk's number there."""
+        """A layer of this node that has the content (raw digest) of a chunk in its volume, and the chunk's number there."""
         return (await self.find_chunks([digest]))[0]
 
     async def find_chunks(self, digests: Sequence[bytes]) -> list[tuple[StoredLayer, int] | None]:
@@ -192,6 +198,41 @@ class Store:
             if layer.has_chunk(chunk) and layer.chunks.digest(chunk) == digests[at]:
                 found[at] = (layer, chunk)
         return found
+
+    async def filed(self, digest: Digest) -> None:
+        """Return when it is known which chunks of the layer other places of this node may have."""
+        event = self._filed.get(digest)
+        if event is None:
+            await trio.lowlevel.checkpoint()
+        else:
+            await event.wait()
+
+    def is_shared(self, layer: StoredLayer, number: int) -> bool:
+        """Whether a chunk's content may lie at another place of this node too: `find_chunk` is worth its time. No I/O.
+
+        False as long as the layer is not `filed`.
+        """
+        shared = self._shared.get(layer.digest)
+        return shared is not None and bool(shared[number])
+
+    def _note_shared(self, layer: StoredLayer) -> None:
+        """In the catalogue's thread. Other layers learn of this one as well."""
+        count = len(layer.chunks)
+        digests = [layer.chunks.digest(number) for number in range(count)]
+        shared = bytearray(count)
+        seen: set[bytes] = set()
+        for number, digest in enumerate(digests):
+            if digest in seen and layer.chunks.is_known(number):
+                shared[number] = 1
+            seen.add(digest)
+        if len(self._layers) > 1:
+            for number, other, other_number in self._catalogue.find_chunks(digests, apart_from=layer.digest):
+                shared[number] = 1
+                others = self._shared.get(other)
+                if others is not None and other_number < len(others):
+                    others[other_number] = 1
+        if layer.digest in self._layers:
+            self._shared[layer.digest] = shared
 
     # --- pins and documents -----------------------------------------------------------------------------------------------
 
@@ -233,7 +274,7 @@ class Store:
 
     def usage(self) -> int:
         """Bytes of disk that blobs and volumes take now; two fstat calls a layer, about 3 µs."""
-        return sum(layer.disk_bytes() for layer in self._layers.values())
+        return sum(layer.disk_bytes() for layer in self.layers())  # a list: in another thread than the one that adds layers
 
     async def evict(self, to_free: int) -> int:
         """Evict what is not pinned until `to_free` bytes are free or nothing is left that may go; gives the bytes freed."""
@@ -342,7 +383,10 @@ class Store:
             layer = self._layers.get(digest)
             if layer is not None:
                 try:
-                    await self._in_db_thread(self._catalogue.index_layer, digest, layer.chunks)
+                    if digest in self._unindexed:
+                        await self._in_db_thread(self._catalogue.index_layer, digest, layer.chunks)
+                        self._unindexed.discard(digest)
+                    await self._in_db_thread(self._note_shared, layer)
                 except StoreError as exc:
                     log.warning(
                         "layer_not_indexed",
@@ -350,6 +394,9 @@ class Store:
                         reason=str(exc),
                         consequence="its chunks are not found from other layers",
                     )
+            filed = self._filed.pop(digest, None)
+            if filed is not None:
+                filed.set()
 
     # --- verification -----------------------------------------------------------------------------------------------------
 
@@ -500,8 +547,10 @@ async def open_store(
                 nursery.start_soon(store._keep_indexing)
                 if settle_in_background:
                     nursery.start_soon(store._settle_quietly)
-                for digest in store._unindexed:
-                    store._to_index_send.send_nowait(digest)
+                for layer in store.layers():
+                    if layer.digest in store._unindexed or not layer.complete:
+                        store._filed[layer.digest] = trio.Event()
+                        store._to_index_send.send_nowait(layer.digest)
                 try:
                     yield store
                 except Exception as exc:  # noqa: BLE001  # handed on below, not wrapped in a group by the nursery
