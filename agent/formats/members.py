@@ -287,8 +287,9 @@ class _Stream:
             if not self._skip:
                 self._is_over = True
             return b"", data
-        if not data:
+        if self._wants_prime:
             return b"", data
+        # Without input too: what the last call had no room for may still be inside.
         out: bytes = self._inflater.decompress(data, most)
         if not self._inflater.eof:
             return out, self._inflater.unconsumed_tail

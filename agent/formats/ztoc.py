@@ -49,6 +49,10 @@ CHUNK_BYTES: Final = 4 << 20
 MAX_RECORDS: Final = 10_000
 """Most pax records of one entry."""
 
+MAX_SPAN_BYTES: Final = 32 << 20
+"""Most of a span in the blob: it is in memory until its digest is known. Usual ones have a few megabytes; one is much larger
+only where deflate blocks are, or where a builder did not look behind the first of several gzip members."""
+
 _WINDOW: Final = 32 << 10
 _HEAD: Final = struct.Struct("<iq")
 _POINT: Final = struct.Struct("<qqB")
@@ -168,7 +172,9 @@ class Ztoc:
         if len(self._points) != _TAR_HEAD.size:
             raise FormatError(f"spans of an uncompressed layer in {len(self._points)} bytes")
         _, span_size, size = _TAR_HEAD.unpack(self._points)
-        if size != self._blob_size or self._tar_size > size or span_size <= 0 or self._span_count != -(-size // span_size):
+        if not 0 < span_size <= MAX_SPAN_BYTES:
+            raise FormatError(f"spans of {span_size} bytes")
+        if size != self._blob_size or self._tar_size > size or self._span_count != -(-size // span_size):
             raise FormatError(f"{self._span_count} spans of {span_size} bytes in an uncompressed layer of {self._blob_size}")
         start = array("Q", range(0, size, span_size))
         after = array("Q", [*start[1:], size])
@@ -200,7 +206,7 @@ class Ztoc:
         if any(a >= b for a, b in pairwise(in_bits)) or any(a > b for a, b in pairwise(out)) or start[-1] >= stop[-1]:
             raise FormatError("the checkpoints are not in ascending order")
         for first, after, produced in zip(start, stop, (b - a for a, b in pairwise(out)), strict=True):
-            if after - first > _MAX_U32 or produced > min(_MAX_U32, (after - first) * _MAX_RATIO + _RATIO_SLACK):
+            if after - first > MAX_SPAN_BYTES or produced > min(_MAX_U32, (after - first) * _MAX_RATIO + _RATIO_SLACK):
                 raise FormatError(f"a span of {after - first} bytes that become {produced}")
         base, parts = self._splice(start, stop)
         return _Spans(start, stop, base, out, parts, bytes(bits), self._points, missing)

@@ -29,11 +29,6 @@ def is_piece_good(layer: IndexFacts, number: int, parts: Iterable[bytes]) -> boo
         return hasher.digest() == digest
     from agent.formats.members import PieceDecoder  # noqa: PLC0415  # loads decoders that are rarely needed here
 
-    if digest := layer.pieces.digest(number):
-        hasher = hashlib.sha256()
-        for part in parts:
-            hasher.update(part)
-        return hasher.digest() == digest
     if number == layer.pieces.index_piece:
         return False  # nobody has seen it whole
     wanted = layer.pieces.chunks_of(number)

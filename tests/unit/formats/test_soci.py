@@ -14,6 +14,7 @@ import pytest
 
 from agent.formats import soci
 from agent.formats.flatbuffer import FlatBuffer
+from agent.formats.members import PieceDecoder
 from agent.formats.model import (
     PRIME_IN_MEMBER,
     FormatError,
@@ -24,7 +25,7 @@ from agent.formats.model import (
 )
 from agent.formats.opening import BlobRange, LayerFacts, ManifestBytes, ReferrersOf
 from agent.formats.tree import walk
-from agent.formats.ztoc import Ztoc
+from agent.formats.ztoc import MAX_SPAN_BYTES, Ztoc
 from tests.soci_writer import (
     Built,
     Scalar,
@@ -55,8 +56,25 @@ def spliced(index: LayerIndex, blob: bytes) -> bytes:
     return b"".join(blob[part.start : part.start + part.size] for part in index.parts)
 
 
+def decode_volume(index: LayerIndex, blob: bytes, step: int) -> bytes:
+    """As nodes do it, with `step` bytes at a time."""
+    volume = bytearray(index.volume_size)
+    whole, pieces = spliced(index, blob), index.pieces
+    for piece in range(len(pieces)):
+        start, stop = pieces.extent(piece)
+        numbers = pieces.chunks_of(piece)
+        decoder = PieceDecoder(index.chunks, index.codec, numbers.start, numbers.stop, start, index.members)
+        decoder.is_vouched = True
+        for at in range(start, stop, step):
+            for number, data in decoder.feed(whole[at : min(at + step, stop)]):
+                place = index.chunks.volume_offset[number]
+                volume[place : place + len(data)] = data
+        assert decoder.is_complete
+    return bytes(volume)
+
+
 def read_volume(index: LayerIndex, blob: bytes) -> bytes:
-    """Every chunk out of its own piece, which must be right by its digest."""
+    """Every chunk out of its own piece, which must be right by its digest; libz decodes."""
     volume = bytearray(index.volume_size)
     whole, pieces, chunks = spliced(index, blob), index.pieces, index.chunks
     assert len(whole) == pieces.blob_size
@@ -101,7 +119,8 @@ def test_layer_equals_its_source(images: Any, layer: int, form: str) -> None:
         blob = gzip.decompress(blob)
     built = build_ztoc(blob, 1 << 40 if form == "one span" else SPAN)
     index = read_ztoc(built.data, blob)
-    found = images.describe(index, read_volume(index, blob))
+    volume = read_volume(index, blob)
+    found = images.describe(index, volume)
     truth = images.truth(layer, is_json=False)
     assert found.keys() == truth.keys()
     assert {key: value for key, value in found.items() if value != truth[key]} == {}
@@ -112,6 +131,27 @@ def test_layer_equals_its_source(images: Any, layer: int, form: str) -> None:
     if layer == 1:
         assert (len(index.pieces) > 10) == (form != "one span")
         assert bool(index.parts) == (form in ("gzip", "members"))
+    for step in (1 << 30, 4099):
+        assert decode_volume(index, blob, step) == volume
+
+
+def test_a_chunk_nobody_vouches_for_is_not_handed_out(sample: "Sample") -> None:
+    index = read_ztoc(sample.built.data, sample.blob)
+    numbers = index.pieces.chunks_of(1)
+    decoder = PieceDecoder(index.chunks, index.codec, numbers.start, numbers.stop, index.pieces.starts[1], index.members)
+    with pytest.raises(FormatError, match="does not match"):
+        decoder.feed(spliced(index, sample.blob)[index.pieces.starts[1] :])
+
+
+def test_a_span_too_large_for_memory_is_refused() -> None:
+    tar = bytes(MAX_SPAN_BYTES + 1024)
+    built = build_ztoc(tar, 1 << 30, entries=[])
+    with pytest.raises(FormatError, match="spans of"):
+        read_ztoc(built.data, tar)
+    blob = compress_members(tar, len(tar), level=0)
+    built = build_ztoc(blob, 1 << 30, entries=[])
+    with pytest.raises(FormatError, match="a span of"):
+        read_ztoc(built.data, blob)
 
 
 def test_an_old_index_lacks_its_first_checkpoint(images: Any) -> None:
