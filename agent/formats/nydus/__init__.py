@@ -119,6 +119,8 @@ DATA_FORMAT: Final = NydusDataFormat()
 def _read_bootstrap(facts: LayerFacts) -> Generator[Want, bytes, BootstrapFiles]:
     if not is_bootstrap_layer(facts):
         return (yield from _read_inline(facts))
+    if facts.media_type.endswith("+encrypted"):
+        raise FormatError("the bootstrap layer is encrypted, which Shoal does not read")
     if facts.size > MAX_LAYER_BYTES:
         raise FormatError(f"a bootstrap layer of {facts.size} bytes")
     blob = yield BlobRange(0, facts.size)

@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 import pytest
 
+from agent.formats.members import PieceDecoder
 from agent.formats.model import BlobPart, ChunkTable, FormatError, LayerIndex, PieceTable
 from agent.formats.nydus import FORMAT
 from agent.formats.nydus.blob_toc import read_toc
@@ -153,3 +154,48 @@ def test_toc_of_a_blob(images: Any) -> None:
     assert toc is not None
     assert list(toc.parts) == ["blob.meta", "blob.meta.header", "blob.digest", "image.boot"]
     assert read_toc(bytes(4096), 4096) is None
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_pieces_are_decoded_each_on_its_own(images: Any, blobs: dict[str, bytes], tag: str) -> None:
+    index, repository = drive(images, blobs, tag)
+    blob, seen = repository.splice(index), []
+    for piece in range(len(index.pieces)):
+        start, stop = index.pieces.extent(piece)
+        numbers = index.pieces.chunks_of(piece)
+        decoder = PieceDecoder(index.chunks, index.codec, numbers.start, numbers.stop, start, index.members)
+        for at in range(start, stop, 50_000):
+            seen += [number for number, _ in decoder.feed(blob[at : min(stop, at + 50_000)])]
+        assert decoder.is_complete
+    assert seen == list(range(len(index.chunks)))
+
+
+def root_entries(bootstrap: bytes) -> dict[bytes, int]:
+    """Numbers of the inodes in a v6 bootstrap's root, by name."""
+    (meta,), (nid,) = struct.unpack_from("<I", bootstrap, 1024 + 40), struct.unpack_from("<H", bootstrap, 1024 + 14)
+    root = (meta << 12) + 32 * nid
+    (layout,), (size,), (block,) = (
+        struct.unpack_from(code, bootstrap, root + at) for code, at in (("<H", 0), ("<Q", 8), ("<I", 16))
+    )
+    start = root + 64 if layout == 5 else block << 12
+    (names,) = struct.unpack_from("<H", bootstrap, start + 8)
+    entries = [struct.unpack_from("<QH", bootstrap, at) for at in range(start, start + names, 12)]
+    stops = [*(at for _, at in entries[1:]), size]
+    return {bootstrap[start + at : start + stop]: number for (number, at), stop in zip(entries, stops, strict=True)}
+
+
+def test_prefetch_of_a_directory_means_all_below_it(images: Any, blobs: dict[str, bytes]) -> None:
+    last = facts(images, "nydus-v6-none")
+    bootstrap = bytearray(unpack_layer(blobs[last.digest]).bootstrap)
+    (table,) = struct.unpack_from("<Q", bootstrap, 1152 + 40)
+    struct.pack_into("<I", bootstrap, table, root_entries(bytes(bootstrap))[b"sizes"])
+    changed, repository = replace_bootstrap(last, blobs, bytes(bootstrap))
+    index = repository.drive(changed)
+    files = [inode for inode in index.root.children[b"sizes"].children.values() if inode.size]
+    wanted = [
+        index.pieces.piece_of_chunk(number)
+        for inode in files
+        for number in index.chunks.overlapping(inode.volume_offset, inode.volume_offset + inode.size)
+    ]
+    assert index.prefetch_pieces == tuple(dict.fromkeys(wanted))
+    assert 2 < len(index.prefetch_pieces) < len(index.pieces) - 2

@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from agent.formats.model import FormatError
@@ -86,6 +87,14 @@ def test_encrypted(v6: Image, v5: Image) -> None:
 
 def test_encrypted_flag_of_the_superblock(v6: Image) -> None:
     v6.patch(EXTENSION, "Q", 0x0200_01B4).refuse("encrypted, which Shoal does not read")
+
+
+def test_encrypted_bootstrap_layer(images: Any, blobs: dict[str, bytes]) -> None:
+    facts = attrs.evolve(
+        facts_of(images.layers("nydus-v6-zstd")), media_type="application/vnd.oci.image.layer.v1.tar+gzip+encrypted"
+    )
+    with pytest.raises(FormatError, match="encrypted, which Shoal does not read"):
+        Repository(blobs).drive(facts)
 
 
 def test_tarfs(v6: Image) -> None:
