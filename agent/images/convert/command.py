@@ -52,17 +52,12 @@ def convert(settings: Settings, request: Request, progress: Callable[[dict[str, 
     wish = Wish(tuple(parse_platform(text) for text in request.platforms), request.prioritized, request.is_forced)
     if request.form not in WRITERS:
         raise SettingsError(f"{request.form!r} is no format to convert to; there are {', '.join(WRITERS)}")
-    folder: str | None = None
     try:
-        folder = tempfile.mkdtemp(prefix="shoal-convert-", dir=request.scratch)
-        return trio.run(_convert, settings, request, source, target, wish, Path(folder), progress)
+        return trio.run(_convert, settings, request, source, target, wish, progress)
     except BaseExceptionGroup as group:
         raise _most_telling(group) from group
     except OSError as exc:
         raise _readable(exc) from exc
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 async def _convert(
@@ -71,12 +66,14 @@ async def _convert(
     source: PlaceName,
     target: PlaceName,
     wish: Wish,
-    folder: Path,
     progress: Callable[[dict[str, Any]], None],
 ) -> Report:
     async with AsyncExitStack() as stack:
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(_watch_signals)
+        # From here on a signal does not end the process at once, so that what is made is removed.
+        folder = Path(tempfile.mkdtemp(prefix="shoal-convert-", dir=request.scratch))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         opener = _Opener(settings, request, stack)
         taking = await opener.open(target, is_target=True)
         giving = await opener.open(source, is_target=False)

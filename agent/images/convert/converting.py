@@ -46,6 +46,8 @@ from agent.registry import Descriptor, ImageIndex, Manifest, Platform, parse_man
 from agent.registry.manifests import INDEX_TYPES, MANIFEST_TYPES
 
 _MAX_NESTING: Final = 3
+_IMAGES_AT_ONCE: Final = 2
+"""Of one index. A manifest may be 4 MiB, its parsed form several times that, and an index may name thousands."""
 _EXTRA_LAYERS: Final = 2
 """Layers under way beside those that threads work on: being fetched or pushed."""
 _MAX_WARNINGS: Final = 20
@@ -106,10 +108,17 @@ class Conversion:
     _kept: set[str] = attrs.field(factory=set)
     _sizes: list[tuple[int, int]] = attrs.field(factory=list)
     _names: int = 0
-    _threads: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(len(os.sched_getaffinity(0))))
-    _under_way: trio.CapacityLimiter = attrs.field(
-        factory=lambda: trio.CapacityLimiter(len(os.sched_getaffinity(0)) + _EXTRA_LAYERS)
-    )
+    _processors: int = attrs.field(factory=lambda: len(os.sched_getaffinity(0)))
+    _threads: trio.CapacityLimiter = attrs.field(init=False)
+    _under_way: trio.CapacityLimiter = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._threads = trio.CapacityLimiter(self._processors)
+        self._under_way = trio.CapacityLimiter(self._layers_at_once)
+
+    @property
+    def _layers_at_once(self) -> int:
+        return self._processors + _EXTRA_LAYERS
 
     async def run(self) -> Report:
         """Convert.
@@ -119,6 +128,8 @@ class Conversion:
             ShoalError: a place failed.
         """
         root = await self._source.read_root()
+        # A target that is away or refuses should say so before the work, not after it.
+        await self._target.has_blob(root.digest)
         made = await self._document(root, None, 0)
         if made is None or not self._images:
             wanted = ", ".join(map(str, self._wish.platforms))
@@ -169,7 +180,7 @@ class Conversion:
         async def convert(at: int) -> None:
             made[at] = await self._entry(raw["manifests"][at], parsed.manifests[at], depth)
 
-        await _all_of([partial(convert, at) for at in range(len(made))])
+        await _all_of([partial(convert, at) for at in range(len(made))], 1 if depth else _IMAGES_AT_ONCE)
         entries = [entry for entry in made if entry is not None]
         if not entries:
             return None
@@ -241,7 +252,7 @@ class Conversion:
         async def convert(at: int) -> None:
             made[at] = await self._layer(parsed.layers[at], raw["layers"][at], diff_ids[at])
 
-        await _all_of([partial(convert, at) for at in range(len(diff_ids))])
+        await _all_of([partial(convert, at) for at in range(len(diff_ids))], self._layers_at_once)
         # A format in which layers are nothing but data has each blob once, and none for a layer without.
         is_data = self._writer.name == "nydus"
         layers, dropped = [], set()
@@ -436,7 +447,13 @@ def _name_of(entry: Json | None) -> str:
     return "/".join(filter(None, (platform.get(key) for key in ("os", "architecture", "variant")))) or "linux"
 
 
-async def _all_of(tasks: Sequence[Callable[[], Awaitable[None]]]) -> None:
+async def _all_of(tasks: Sequence[Callable[[], Awaitable[None]]], most: int) -> None:
+    limiter = trio.CapacityLimiter(most)
+
+    async def run(task: Callable[[], Awaitable[None]]) -> None:
+        async with limiter:
+            await task()
+
     async with trio.open_nursery() as nursery:
         for task in tasks:
-            nursery.start_soon(task)
+            nursery.start_soon(run, task)
