@@ -8,7 +8,7 @@ chunk at every other byte, or at none.
 With b the last 64 bytes, youngest first, the sum is 64 * 63 * 31 + 1 b[0] + 2 b[1] + … + 64 b[63]. Python takes 100 ns for a byte
 of that; so it is made for all places of a block at once, as one large integer with a lane for each byte. From the plain sum A
 and the weighted sum B of a window of w bytes come those of 2 w: A' = A + A>>w and B' = B + (B + w A)>>w, where >>w is w lanes on.
-Lanes of 16 bits hold the sums up to w = 16, lanes of 32 bits all of them. Measured: 20 MB/s, ten times the loop.
+Lanes of 16 bits hold the sums up to w = 16; then even and odd ones go on apart, in lanes of 32 bits. Measured: 45 MB/s.
 """
 
 import re
@@ -23,9 +23,11 @@ CHUNK_LEAST: Final = 1 << 10
 CHUNK_MOST: Final = 16 << 20
 
 _WINDOW: Final = 64
-_BLOCK: Final = 256 << 10
+_BLOCK: Final = 32 << 10
+"""Bytes summed at once: the integers of 256 KiB no longer fit into a core's cache, which halves the speed."""
 _HOLE: Final = bytes(HOLE_LEAST)
 _NO_ZERO: Final = re.compile(rb"[^\0]")
+_LOW_HALVES: Final = int.from_bytes(b"\xff\xff\0\0" * (_BLOCK // 2 + 2 * _WINDOW), "little")
 _TARGET: Final = ((0xFFFF - _WINDOW * (_WINDOW - 1) * 31) & 0xFFFF).to_bytes(2, "little")
 
 
@@ -65,32 +67,28 @@ def _find_lanes(data: bytes) -> list[int]:
     raw = bytearray(2 * count)
     raw[::2] = data
     plain = weighted = int.from_bytes(raw, "little")
-    lane = 16
-    for step in range(6):
-        if step == 4:
-            plain, weighted, lane = _widen(plain, count), _widen(weighted, count), 32
-        on = lane << step
+    for step in range(4):
+        on = 16 << step
         weighted += (weighted + (plain << step)) << on
         plain += plain << on
-    wide = weighted.to_bytes(4 * (count + _WINDOW), "little")
-    raw[::2] = wide[0 : 4 * count : 4]
-    raw[1::2] = wide[1 : 4 * count : 4]
+    even = _widen_twice(plain & _LOW_HALVES, weighted & _LOW_HALVES)
+    odd = _widen_twice(plain >> 16 & _LOW_HALVES, weighted >> 16 & _LOW_HALVES)
+    sums = (even & _LOW_HALVES | (odd & _LOW_HALVES) << 16).to_bytes(2 * (count + 2 * _WINDOW), "little")
     found: list[int] = []
-    at = raw.find(_TARGET)
+    at = sums.find(_TARGET, 0, 2 * count)
     while at >= 0:
         if not at % 2:
             found.append(at // 2)
-        at = raw.find(_TARGET, at + 1)
+        at = sums.find(_TARGET, at + 1, 2 * count)
     return found
 
 
-def _widen(lanes: int, count: int) -> int:
-    """From lanes of 16 bits to lanes of 32; what has been shifted out behind the last one is dropped."""
-    narrow = lanes.to_bytes(2 * (count + _WINDOW), "little")
-    wide = bytearray(4 * count)
-    wide[0::4] = narrow[0 : 2 * count : 2]
-    wide[1::4] = narrow[1 : 2 * count : 2]
-    return int.from_bytes(wide, "little")
+def _widen_twice(plain: int, weighted: int) -> int:
+    """The weighted sums of 64 bytes from both sums of 16, of which every second is here, in lanes of 32 bits."""
+    on = 32 * 16 // 2
+    weighted += (weighted + (plain << 4)) << on
+    plain += plain << on
+    return weighted + ((weighted + (plain << 5)) << 2 * on)
 
 
 def cut_chunks(blocks: Iterable[bytes]) -> Iterator[ContentChunk]:
