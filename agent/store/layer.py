@@ -18,7 +18,7 @@ from agent.formats.model import BLOCK_SIZE, Digest, FormatError
 from agent.store import verification
 from agent.store.gate import Gate
 from agent.store.layout import LayerPaths, OpenedLayer, data_size, doubt_pieces, is_image_good, write_saved
-from agent.store.sparse import allocated_bytes, clone_range, has_data, punch_hole, read_exactly, write_all
+from agent.store.sparse import allocated_bytes, clone_range, has_data, punch_hole, read_exactly, write_all, write_content
 
 BLOB_READ: Final = 1 << 20
 """Bytes of a blob that are read at once while it is verified."""
@@ -146,7 +146,7 @@ class StoredLayer:
         with self._writing.shared(), self._shared("writing a chunk"):
             if self._presence.has(number):
                 return
-            write_all(self._data_fd, data, self.chunks.volume_offset[number])
+            write_content(self._data_fd, data, self.chunks.volume_offset[number])
             if self._learnt is not None and not self.chunks.is_known(number):
                 self._learnt.learn(self._presence.first(number), data)
             self._presence.add(number)
@@ -209,7 +209,7 @@ class StoredLayer:
             if not self.chunks.is_right(number, data):
                 return False
             cloned = self._clone(source, source.chunks.volume_offset[source_number], self.chunks.volume_offset[number], len(data))
-            write_all(self._data_fd, memoryview(data)[cloned:], self.chunks.volume_offset[number] + cloned)
+            write_content(self._data_fd, memoryview(data)[cloned:], self.chunks.volume_offset[number] + cloned)
             self._presence.add(number)
             self._is_dirty = True
         self.touch()

@@ -9,6 +9,8 @@ from typing import Final
 
 _KEEP_SIZE: Final = 0x01
 _PUNCH_HOLE: Final = 0x02
+_BLOCK: Final = 4096
+_ZEROS: Final = bytes(_BLOCK)
 _FICLONERANGE: Final = 0x4020940D
 _CLONE: Final = struct.Struct("=qQQQ")
 
@@ -79,6 +81,22 @@ def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> Non
         written = os.pwrite(fd, view, offset)
         view = view[written:]
         offset += written
+
+
+def write_content(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """`write_all`, but whole blocks of nothing but zeros become a hole: a sparse file in an image takes no disk space here."""
+    view = memoryview(data)
+    start, stop = -(-offset // _BLOCK) * _BLOCK, (offset + len(view)) // _BLOCK * _BLOCK
+    if start < stop and _is_zeros(view) and punch_hole(fd, start, stop):
+        write_all(fd, view[: start - offset], offset)
+        write_all(fd, view[stop - offset :], stop)
+    else:
+        write_all(fd, view, offset)
+
+
+def _is_zeros(view: memoryview) -> bool:
+    # In steps, so that nearly every other chunk is told apart by its first bytes.
+    return all(bytes(view[at : at + _BLOCK]) == _ZEROS[: min(_BLOCK, len(view) - at)] for at in range(0, len(view), _BLOCK))
 
 
 def read_exactly(fd: int, offset: int, size: int) -> bytes:
