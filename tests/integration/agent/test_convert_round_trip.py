@@ -9,16 +9,14 @@ from agent.images.convert.writers import WRITERS
 from tests.agent_harness import in_thread, open_fleet, run_command, shoal
 from tests.tree_facts import Facts, differences, facts_of, fixture_truth
 
-READ_AS = {"estargz": "estargz", "zstd-chunked": "zstd:chunked", "nydus": "nydus"}
-
 
 def in_json_names(truth: Facts) -> Facts:
     """The same tree in a format whose names must be UTF-8."""
     return {path.encode("latin-1").decode("utf-8", "replace").encode().decode("latin-1"): facts for path, facts in truth.items()}
 
 
-@pytest.mark.parametrize("form", sorted(WRITERS))
-@pytest.mark.parametrize("with_list", [False, True], ids=["plain", "prefetch"])
+# With a list every writer puts the entries into another order; without one zstd:chunked keeps the tar bit for bit.
+@pytest.mark.parametrize(("form", "with_list"), [*((form, True) for form in sorted(WRITERS)), ("zstd-chunked", False)])
 async def test_a_converted_image_is_the_image(shared_fixtures: Path, form: str, with_list: bool) -> None:
     with trio.fail_after(100):
         async with open_fleet() as fleet:
@@ -33,6 +31,6 @@ async def test_a_converted_image_is_the_image(shared_fixtures: Path, form: str, 
             found = await in_thread(facts_of, root)
             assert differences(found, truth if form == "nydus" else in_json_names(truth)) == []
             status = await node.status()
-            assert {layer["format"].partition(" ")[0] for layer in status["layers"]} == {READ_AS[form]}
+            assert all(layer["format"].startswith(form) for layer in status["layers"]), status["layers"]
             assert status["failed_reads"] == 0
             await node.shoal("unmount", root)
