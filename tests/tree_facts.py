@@ -95,8 +95,14 @@ def facts_of(root: Path) -> Facts:
 def fixture_truth(folder: Path, tag: str) -> tuple[list[Facts], Facts]:
     """(the layers, bottom first; the merged tree) that a fixture image must give. A nydus image has no trees of its layers."""
     raw = json.loads(gzip.decompress((folder / "expected.json.gz").read_bytes()))
-    if "nydus" in tag:
+    if tag == "oci-nydus":
         return [], _limited(raw["merged_nydus"], is_json=False)
+    if "nydus" in tag:
+        # What nydus-image wrote has neither fractions of seconds nor times before 1970 (these became 0).
+        whole = {
+            key: {**entry, "mtime_ns": max(0, entry["mtime_ns"] // 10**9 * 10**9)} for key, entry in raw["merged_nydus"].items()
+        }
+        return [], _limited(whole, is_json=False)
     is_json = tag != "oci"
     layers = [_limited(raw["layers"][number], is_json=is_json) for number in ("1", "2")]
     return layers, _limited(raw["merged"], is_json=is_json)

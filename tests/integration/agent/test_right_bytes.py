@@ -17,8 +17,8 @@ GROUPS = {
     "nydus-v5": ("nydus-v5-zstd", "nydus-v5-lz4"),
     "nydus-zran": ("nydus-zran",),
 }
-BESIDE = {"estargz": ("esgz-exttoc-esgztoc",)}
-"""Images that others need."""
+BESIDE = {"estargz": ("esgz-exttoc-esgztoc",), "nydus-zran": ("oci-nydus",)}
+"""Images that others need: the TOCs, and the original layers, which zran reads."""
 
 
 def test_no_fixture_is_left_out(shared_fixtures: Path) -> None:
