@@ -418,6 +418,8 @@ class FleetIndexes:
         if not self.is_trusting or fleet_key is None:
             await trio.lowlevel.checkpoint()
             return None
+        # Who holds the layer is asked first: those who have its index answer both, so the first piece need not come from a registry.
+        await self.swarm.want(blob)
         found: list[FleetIndex] = []
 
         async def accept(peer_id: str, raw: bytes) -> bool:
