@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
+import zstandard
 
 from agent.config import Settings
 from agent.errors import ShoalError
@@ -445,3 +446,63 @@ def test_a_layout_keeps_its_other_images(oci: str, tmp_path: Path) -> None:
         run(f"oci:{tmp_path}/made:c", f"oci:{tmp_path}/x", "estargz", tmp_path)
     by_digest = run(f"oci:{tmp_path}/made@{index[0]['digest']}", f"oci:{tmp_path}/x", "estargz", tmp_path)
     assert by_digest.root.digest == index[0]["digest"]
+
+
+def gzip_members(tar: bytes) -> bytes:
+    return gzip.compress(tar[:1000], mtime=0) + gzip.compress(b"", mtime=0) + gzip.compress(tar[1000:], mtime=0) + bytes(512)
+
+
+def zstd_frames(tar: bytes) -> bytes:
+    skipped = b"\x50\x2a\x4d\x18\x04\0\0\0skip"
+    pack = zstandard.ZstdCompressor().compress
+    return skipped + pack(tar[:1000]) + skipped + pack(tar[1000:]) + skipped
+
+
+@pytest.mark.parametrize("pack", [gzip_members, zstd_frames, bytes], ids=["gzip", "zstd", "tar"])
+@pytest.mark.parametrize("media_type", [f"{OCI}.layer.v1.tar+gzip", f"{OCI}.layer.v1.tar+zstd", f"{OCI}.layer.v1.tar"])
+def test_the_bytes_say_how_a_layer_is_compressed(pack: Callable[[bytes], bytes], media_type: str, tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "source")
+    tar = tar_of(a=b"x" * 3000)
+    name = layout.name(image(layout, [(layout.put(pack(tar), media_type), digest_of(tar))]))
+    report = run(name, f"oci:{tmp_path}/made:x", "zstd-chunked", tmp_path)
+    made = Layout(tmp_path / "made")
+    # The tar is kept bit for bit.
+    assert made.plain(made.json(report.root.digest)["layers"][0]) == tar
+
+
+def test_indexes_within_indexes(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "source")
+    inner = image(layout, [layer(layout, f"{OCI}.layer.v1.tar+gzip", tar_of(a=b"x"))])
+    for depth in range(5):
+        inner = layout.put({"schemaVersion": 2, "manifests": [inner]}, f"{OCI}.index.v1+json")
+        name = layout.name(inner)
+        if depth < 3:
+            assert run(name, f"oci:{tmp_path}/made:x", "estargz", tmp_path).images == ("linux/amd64",)
+        else:
+            with pytest.raises(ShoalError, match="image indexes within one another"):
+                run(name, f"oci:{tmp_path}/made:x", "estargz", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("document", "complaint"),
+    [
+        ({"config": {}, "layers": []}, "descriptor has no valid size"),
+        ({"manifests": [], "layers": []}, "image and an index at once"),
+        ({"manifests": []}, "no image to convert"),
+        ({"schemaVersion": 1}, "schema 1 is not supported"),
+        (
+            {"manifests": [{"mediaType": f"{OCI}.manifest.v1+json", "digest": "sha256:" + "a" * 64, "size": 5}]},
+            "does not have the image",
+        ),
+        (
+            {"manifests": [{"mediaType": f"{OCI}.manifest.v1+json", "digest": "sha256:" + "a" * 64, "size": 1 << 40}]},
+            "the limit is",
+        ),
+        ({"manifests": [{"mediaType": "x", "digest": "../../../etc/passwd", "size": 5}]}, "not a sha256 digest"),
+    ],
+)
+def test_documents_that_are_none(document: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "source")
+    with pytest.raises(ShoalError, match=complaint):
+        run(layout.name(layout.put(document, f"{OCI}.manifest.v1+json")), f"oci:{tmp_path}/made:x", "estargz", tmp_path)
+    assert not (tmp_path / "made" / "index.json").exists()
