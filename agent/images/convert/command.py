@@ -3,7 +3,7 @@
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -69,8 +69,9 @@ async def _convert(
     progress: Callable[[dict[str, Any]], None],
 ) -> Report:
     async with AsyncExitStack() as stack:
+        signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP))
         nursery = await stack.enter_async_context(trio.open_nursery())
-        await nursery.start(_watch_signals)
+        nursery.start_soon(_interrupt, signals)
         # From here on a signal does not end the process at once, so that what is made is removed.
         folder = Path(tempfile.mkdtemp(prefix="shoal-convert-", dir=request.scratch))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -82,11 +83,9 @@ async def _convert(
     return report
 
 
-async def _watch_signals(task_status: Any) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as signals:
-        task_status.started()
-        async for _ in signals:
-            raise KeyboardInterrupt
+async def _interrupt(signals: AsyncIterator[int]) -> None:
+    async for _ in signals:
+        raise KeyboardInterrupt
 
 
 @attrs.define
