@@ -66,7 +66,7 @@ def test_fixture_layer_equals_its_source(images: Any, layer: int, step: int) -> 
     assert {key: value for key, value in found.items() if value != truth[key]} == {}
     assert parsed.diff_id == fixture.diff_id
     assert parsed.blob_digest == digest_of(fixture.blob)
-    assert parsed.index.codec == "whole"
+    assert parsed.index.codec == "deflate"
     assert parsed.compression == "gzip"
     assert parsed.index.pieces.blob_size == len(fixture.blob)
     assert parsed.index.warnings == ()
@@ -246,7 +246,7 @@ def test_a_huge_sparse_file_costs_little() -> None:
     assert parser.feed(tar) == []
     layer = parser.finish()
     assert layer.index.root.children[b"lastlog"].size == size
-    assert len(layer.index.chunks) == size >> 22
+    assert len(layer.index.chunks) == 0
 
 
 def test_xattrs_keep_their_bytes_and_bad_ones_are_reported() -> None:
