@@ -154,12 +154,17 @@ class NodeSources:
     def candidates(self, layer: StoredLayer, first: int, stop: int, excluded: Collection[str]) -> list[tuple[Source, int]]:
         """Peers that hold piece `first`, then the registry for as far as no peer has what follows."""
         found: list[tuple[Source, int]] = []
-        holders = self._ranked(self._swarm.holders(layer.digest), excluded) if self._peers is not None else []
+        known = self._swarm.holders(layer.digest) if self._peers is not None else []
+        # A peer that has the layer by another index (the same one as plain and as SOCI, say) numbers its pieces in another way.
+        alike = [
+            peer for peer in known if (peer.possession.blob_size, peer.possession.pieces) == (layer.blob_size, len(layer.pieces))
+        ]
+        holders = self._ranked(alike, excluded)
         for holder in holders:
             lead = first
             while lead < stop and holder.possession.has_piece(lead):
                 lead += 1
-            if lead > first and holder.possession.blob_size == layer.blob_size and self._peers is not None:
+            if lead > first and self._peers is not None:
                 found.append((PeerSource(self._peers, holder), lead - first))
         lead = first + 1
         while lead < stop and not any(holder.possession.has_piece(lead) for holder in holders):

@@ -22,7 +22,7 @@ from agent.lab.fleet import Lab, open_lab, quiet_logs, until_signal
 from agent.lab.node import Node
 from agent.lab.processes import LabError, run_command
 from agent.lab.publish import BuiltImage, build_image, default_cache, push_image
-from tests.benchmarks.formats import formats
+from tests.benchmarks.formats import FORMS, formats
 from tests.benchmarks.harness import Row, drop_caches, fill_caches, resident_mib, version_of, write_report
 
 ESGZ, GZIP = "sample:esgz", "sample:gzip"
@@ -112,7 +112,7 @@ class Bench:
         await trio.to_thread.run_sync(drop_caches)
         for folder in (
             self.lab.registry.folder,
-            *(self.lab.nodes[name].state_dir for name in ("peer",) if name in self.lab.nodes),
+            *(node.state_dir for name, node in self.lab.nodes.items() if name.startswith("peer") and node.state_dir.exists()),
         ):
             await trio.to_thread.run_sync(fill_caches, folder)
         return node
@@ -200,7 +200,7 @@ class Bench:
 async def run(options: Options) -> int:
     """All rows asked for; 1 if a limit was missed."""
     images = {form: await build_image(options.cache, form, size=options.size, progress=print) for form in ("esgz", "gzip")}
-    hosts = ("baseline", "cold", "peer", "joiner")
+    hosts = ("baseline", "cold", "peer", "joiner", *(f"peer-{form}" for form in FORMS if "formats" in options.rows))
     async with open_lab(
         hosts,
         round_trip_s=options.round_trip_s,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 CONVERTED: Final = {"estargz": "sample:by-estargz", "zstd-chunked": "sample:by-zstd-chunked", "nydus": "sample:by-nydus"}
 PLAIN: Final = "sample:gzip"
+FORMS: Final = (*CONVERTED, "plain")
 TRUST: Final = ("--trust-fleet-indexes",)
 
 
@@ -51,10 +52,11 @@ async def formats(bench: "Bench") -> None:
     plain = bench.row("plain image, first node", "s", "full pull", shoal=0.7)
     await convert_all(bench)
     images = {**CONVERTED, "plain": PLAIN}
-    peer = await bench.fresh("peer", flags=TRUST)
-    for name in images.values():
-        await peer.pull_and_run(bench.lab.image(name))
-    await peer.wait_complete(len(bench.gzip.layers) * len(images))
+    # One peer for each format: a node that has the same files in another one copies them, and has no pieces to give then.
+    peers = {form: await bench.fresh(f"peer-{form}", flags=TRUST) for form in images}
+    for form, name in images.items():
+        await peers[form].pull_and_run(bench.lab.image(name))
+        await peers[form].wait_complete(len(bench.gzip.layers))
     for _turn in range(bench.options.repeat):
         baseline = await bench.fresh("baseline", with_agent=False)
         timed = await baseline.pull_and_run(bench.lab.image(PLAIN), lazy=False)
@@ -70,9 +72,10 @@ async def formats(bench: "Bench") -> None:
             if form == "plain":
                 plain.add("shoal", timed.first_output_s)
             await node.wipe()
-            node = await bench.fresh("joiner", bootstrap=(peer.multiaddr(),), flags=TRUST)
+            node = await bench.fresh("joiner", bootstrap=(peers[form].multiaddr(),), flags=TRUST)
             timed = await node.pull_and_run(bench.lab.image(name))
             bench.check(timed.output, f"{form} from a peer")
             warm.add("plain, fleet's index" if form == "plain" else form, timed.first_output_s)
             await node.wipe()
-    await peer.wipe()
+    for peer in peers.values():
+        await peer.wipe()
