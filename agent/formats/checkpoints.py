@@ -25,12 +25,13 @@ SPAN_BYTES: Final = 1 << 20
 SPAN_OUTPUT: Final = 4 << 20
 """Output from one checkpoint to the next, or somewhat more: it is inflated in vain before a chunk at the end of a span."""
 MAX_SPAN_BYTES: Final = 16 << 20
-MAX_SPAN_OUTPUT: Final = 48 << 20
+MAX_SPAN_OUTPUT: Final = 32 << 20
 """A blob in which blocks are so large that a span grows beyond this is not worth entering."""
 MAX_CHECKPOINTS: Final = 2048
 """64 MiB of windows. Spans are doubled behind the 1024th and then after every 256: enough for 6 GiB."""
 
-_QUANTUM: Final = 16 << 10
+_QUANTUM: Final = 8 << 10
+"""At most 8 MiB of output, by which a checkpoint is late."""
 _OUTPUT: Final = 256 << 10
 _WINDOW: Final = 32 << 10
 _MAX_HEADER: Final = 256 << 10
@@ -269,7 +270,7 @@ class SeekableGzip:
         doublings = max(0, (self._found - MAX_CHECKPOINTS // 2) // (MAX_CHECKPOINTS // 8) + 1)
         return self.is_seekable and (
             at - self._last_in >= min(SPAN_BYTES << doublings, MAX_SPAN_BYTES // 2)
-            or self._out - self._last_out >= min(SPAN_OUTPUT << doublings, MAX_SPAN_OUTPUT // 4)
+            or self._out - self._last_out >= min(SPAN_OUTPUT << doublings, MAX_SPAN_OUTPUT // 2)
         )
 
     def _note(self, checkpoint: Checkpoint) -> None:

@@ -83,6 +83,7 @@ class WholeFetcher:
             if diff_id and plain.diff_id != diff_id:
                 raise FormatError(f"layer {digest} unpacks to {plain.diff_id}, but the image says {diff_id}")
             stored = self.store.layer(digest)
+            is_known = stored is not None
             if stored is None:
                 meta = await trio.to_thread.run_sync(
                     lambda: write_image(plain.index.root, volume_size=plain.index.volume_size, user_markers=False),
@@ -95,7 +96,7 @@ class WholeFetcher:
                     "media_type": layer.media_type,
                 }
                 stored = await self.store.create_layer(digest, plain.index, meta, extra)
-            await trio.to_thread.run_sync(scratch.move_into, stored, limiter=self.cpu)
+            await trio.to_thread.run_sync(scratch.move_into, stored, is_known, limiter=self.cpu)
             self.counters.chunks_verified += len(stored.chunks)
             return stored
 
@@ -158,15 +159,20 @@ class _Scratch:
         except OSError as exc:
             raise StoreError(f"cannot write a layer: {exc.strerror}", errno=exc.errno or 0) from exc
 
-    def move_into(self, stored: StoredLayer) -> None:
-        """Give everything to the store; in a worker thread. The bytes are read from the page cache they were just written to."""
+    def move_into(self, stored: StoredLayer, is_known: bool) -> None:
+        """Give everything to the store; in a worker thread. The bytes are read from the page cache they were just written to.
+
+        A layer that `is_known` has tables from another run, perhaps by an older agent with another layout.
+        """
         chunks = stored.chunks
         try:
             for number in range(len(chunks)):
                 if not stored.has_chunk(number):
                     size = chunks.size[number]
-                    data = os.pread(self._data.fileno(), size, chunks.volume_offset[number])
-                    stored.write_chunk(number, data.ljust(size, b"\0"))
+                    data = os.pread(self._data.fileno(), size, chunks.volume_offset[number]).ljust(size, b"\0")
+                    if is_known and not chunks.is_right(number, data):
+                        raise FormatError(f"layer {stored.digest} was stored with another layout")
+                    stored.write_chunk(number, data)
             self._blob.flush()
             for piece in range(len(stored.pieces)):
                 if not stored.has_piece(piece):
