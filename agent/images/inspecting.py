@@ -184,7 +184,8 @@ def _judge(stored: StoredLayer, facts: LayerFacts) -> str:
     for start in range(0, stored.blob_size, STEP):
         data = stored.peek_blob(start, min(start + STEP, stored.blob_size))
         blob.update(data)
-        inflater = inflater or open_inflater(sniff(data[:4]))
+        # What is not compressed may still begin like something that is: a data blob of a nydus image does.
+        inflater = inflater or open_inflater("none" if stored.codec == "raw" else sniff(data[:4]))
         for part in inflater.feed(memoryview(data)):
             tar.update(part)
     if "sha256:" + blob.hexdigest() != stored.digest:

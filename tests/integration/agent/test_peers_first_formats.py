@@ -1,0 +1,52 @@
+"""Whatever the format: what one node of the fleet has, no other asks the registry for, not even when there is no registry."""
+
+import json
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.agent_harness import drop_caches, in_thread, open_fleet, push_fixtures
+from tests.tree_facts import differences, facts_of, fixture_truth
+
+TAGS = ("esgz", "zstdchunked", "nydus-v6-zstd", "nydus-v6-batch", "nydus-v5-lz4", "nydus-zran")
+
+
+@pytest.mark.slow
+async def test_other_nodes_take_nothing_from_the_registry(shared_fixtures: Path) -> None:
+    with trio.fail_after(110):
+        async with open_fleet() as fleet:
+            await push_fixtures(fleet, shared_fixtures, [*TAGS, "oci-nydus"])
+            first = await fleet.node("--no-background-fetch")
+            for tag in TAGS:
+                await first.mount(f"fixtures:{tag}", tag)
+                # All pieces: of chunks that it has from another of the images it would not fetch them.
+                seen = json.loads((await first.shoal("inspect", first.image(f"fixtures:{tag}"), "--verify", "--json")).stdout)
+                assert all(layer["verified"]["ok"] for layer in seen["layers"]), seen
+                await first.wait_complete()
+            assert (await first.status())["bytes"]["registry"] == fleet.registry_bytes(first) > 0
+
+            served = 0
+            for tag in TAGS:  # each on a node that has nothing else
+                node = await fleet.node(bootstrap=[first])
+                root = await node.mount(f"fixtures:{tag}")
+                assert differences(await in_thread(facts_of, root), fixture_truth(shared_fixtures, tag)[1]) == []
+                await node.wait_complete()
+                assert fleet.registry_bytes(node) == 0, tag
+                status = await node.status()
+                assert status["bytes"]["registry"] == 0
+                served += status["bytes"]["peers"]
+                assert (await first.status())["served_bytes"] == served
+                await node.stop()
+
+            # The registry goes. Under the first node's name for it the images are known to that node alone.
+            await first.proxy.refuse()
+            last = await fleet.node(bootstrap=[first])
+            for tag in TAGS:
+                await last.shoal("mount", first.image(f"fixtures:{tag}"), last.folder / tag)
+            await in_thread(drop_caches)
+            for tag in TAGS:
+                found = await in_thread(facts_of, last.folder / tag)
+                assert differences(found, fixture_truth(shared_fixtures, tag)[1]) == [], tag
+            assert fleet.registry_bytes(last) == 0
+            assert (await last.status())["failed_reads"] == 0
