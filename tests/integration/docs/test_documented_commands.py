@@ -1,6 +1,7 @@
 """The client commands of README and operations, run as they stand, with an image and a directory that exist."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,15 @@ from tests.documents import DOCUMENTS, commands
 
 DOCUMENTED_IMAGE = "registry.example/app:esgz"
 DOCUMENTED_DIRECTORY = "/mnt/app"
-CLIENTS = {"mount", "unmount", "status", "peers", "scrub", "doctor", "ls"}
+DOCUMENTED_SOURCE = "registry.example/app:1"
+CLIENTS = {"convert", "inspect", "mount", "unmount", "status", "peers", "scrub", "doctor", "ls"}
 
 
 @pytest.mark.timeout(120)
 async def test_client_commands(shared_fixtures: Path) -> None:
     done: set[str] = set()
     async with open_fleet() as fleet:
-        await push_fixtures(fleet, shared_fixtures, ["esgz"])
+        await push_fixtures(fleet, shared_fixtures, ["oci"])
         node = await fleet.node()
         place = str(node.folder / "app")
         for document in DOCUMENTS:
@@ -26,12 +28,15 @@ async def test_client_commands(shared_fixtures: Path) -> None:
                 continue
             for words in commands(document, only_blocks=True):
                 name = words[1] if Path(words[0]).name == "shoal" else words[0]
-                if name not in CLIENTS:
-                    continue
-                real = [node.image("fixtures:esgz") if word == DOCUMENTED_IMAGE else word for word in words]
+                if name not in CLIENTS or (name == "convert" and words[2] != DOCUMENTED_SOURCE):
+                    continue  # the other conversions are of tests/integration/test_convert.py
+                images = {DOCUMENTED_IMAGE: node.image("fixtures:esgz"), DOCUMENTED_SOURCE: node.image("fixtures:oci")}
+                real = [images.get(word, word) for word in words]
                 real = [place if word == DOCUMENTED_DIRECTORY else word for word in real]
                 if name == "ls":
                     assert (await run_command(real)).stdout
+                elif name == "convert":
+                    await run_command([sys.executable, "-m", "agent.cli", *real[1:], "--quiet"])
                 else:
                     extra = ["--state-dir", str(node.folder / "state"), "--no-snapshotter"] if name == "doctor" else []
                     finished = await node.shoal(*real[1:], *extra, check=False)

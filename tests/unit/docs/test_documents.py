@@ -18,7 +18,7 @@ from tests.documents import DOCUMENTS, INLINE, ROOT, blocks, commands, prose
 
 UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
 SETTINGS = config.Settings()
-NEEDED = {"pull": ["x"], "mount": ["x", "x"], "unmount": ["x"], "convert": ["x", "x", "--to=nydus"]}
+NEEDED = {"pull": ["x"], "inspect": ["x"], "mount": ["x", "x"], "unmount": ["x"], "convert": ["x", "x", "--to=nydus"]}
 """What a command cannot do without, where a text only names it."""
 FOREIGN_FLAGS = {"--estargz", "--version", "--help"}
 
