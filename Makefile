@@ -17,7 +17,7 @@ help: ## this list
 setup: ## system packages, Python packages; leaves .venv/bin/shoal
 	@deploy/setup.sh
 
-setup-test: ## setup, and what only the tests need (Go, containerd 2.x, its conformance suite)
+setup-test: ## setup, and what only the tests need (Go, containerd 2.x, its conformance suite, skopeo, umoci, podman)
 	@deploy/setup.sh test
 
 demo: setup ## a fleet on this machine starts a container, lazily and from its peers; ARGS="--json FILE"

@@ -2,7 +2,8 @@
 # Everything a fresh Debian-like machine needs, as root. Quick when there is nothing left to do.
 #
 #   deploy/setup.sh          what Shoal, `make demo` and `make check` need; leaves .venv/bin/shoal
-#   deploy/setup.sh test     that, and what only the tests need: containerd 2.x and its conformance suite, built from source
+#   deploy/setup.sh test     that, and what only the tests need: skopeo, umoci and podman, which judge converted images; containerd 2.x
+#                            and its conformance suite, built from source
 #
 # Nothing is taken from outside Debian's archive and PyPI, except, for the tests, Go and its modules. Python packages go into .venv, the
 # tools that make it (uv) into .tools; the system's own Python is only read.
@@ -22,6 +23,8 @@ packages=(
   iproute2 util-linux mount procps kmod
 )
 
+test_packages=(skopeo umoci podman)   # some 140 MB and 20 s
+
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
@@ -31,25 +34,29 @@ is_done() { [[ -e $tools/$1.stamp && $(cat "$tools/$1.stamp") == "$2" ]]; }
 
 system_packages() {
   local package missing=()
-  for package in "${packages[@]}"; do
+  for package in "$@"; do
     [[ $(dpkg-query -W -f '${db:Status-Abbrev}' "$package" 2>/dev/null) == ii* ]] || missing+=("$package")
   done
   (( ${#missing[@]} )) || return 0
   [[ $(id -u) == 0 ]] || die "these packages are missing and only root can install them: ${missing[*]}"
   say "installing ${missing[*]}"
-  # docker-registry's package would start a public registry on port 5000: not what somebody wants who tries a demo.
+  # docker-registry's package would start a public registry on port 5000: not what somebody wants who tries a demo. Nor has anybody
+  # asked for podman's services.
   local policy=/usr/sbin/policy-rc.d
   if [[ ! -e $policy ]]; then
-    printf '#!/bin/sh\n[ "$1" = docker-registry ] && exit 101\nexit 0\n' >$policy
+    printf '#!/bin/sh\ncase $1 in docker-registry*|podman*) exit 101;; esac\nexit 0\n' >$policy
     chmod +x $policy
     trap 'rm -f /usr/sbin/policy-rc.d' EXIT
   fi
-  local had_registry=0
-  dpkg-query -W docker-registry >/dev/null 2>&1 && had_registry=1
+  local package_services=()
+  [[ -e /usr/bin/docker-registry ]] || package_services+=(docker-registry.service)
+  [[ -e /usr/bin/podman ]] || package_services+=(podman.service podman.socket podman-restart.service podman-auto-update.timer)
   apt-get update -qq || say "apt-get update failed; trying with the lists that are there"
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
-  if [[ $had_registry == 0 && -d /run/systemd/system ]]; then
-    systemctl disable --quiet docker-registry.service || true
+  if [[ -d /run/systemd/system ]]; then
+    for package in "${package_services[@]}"; do
+      systemctl disable --quiet "$package" 2>/dev/null || true
+    done
   fi
   rm -f $policy
   trap - EXIT
@@ -90,13 +97,14 @@ setup_base() {
   local stamp
   stamp=$(stamp_of)
   if is_done setup "$stamp" && [[ -x .venv/bin/shoal ]]; then return; fi
-  system_packages
+  system_packages "${packages[@]}"
   python_packages
   echo "$stamp" >"$tools/setup.stamp"
   say "ready: .venv/bin/shoal"
 }
 
 setup_test() {
+  system_packages "${test_packages[@]}"
   # Each of these builds what its tests need (containerd 2.x, the Go toolchain for it) and is quick when that is there.
   local script
   for script in tests/*/build.sh; do
