@@ -269,9 +269,11 @@ class _Image:
                     inode = inode.children.get(name)
             if inode is None:
                 missing.append(path)
-            elif len(found) < MAX_PREFETCH:
+            else:
                 found.setdefault(id(inode), records[id(inode)])
-        return list(found.values()), missing
+        if len(found) > MAX_PREFETCH:
+            self._warn(f"{len(found) - MAX_PREFETCH} of the paths to read ahead were left out: the table has {MAX_PREFETCH}")
+        return list(found.values())[:MAX_PREFETCH], missing
 
     # --- where it goes ----------------------------------------------------------------------------------------------------
 

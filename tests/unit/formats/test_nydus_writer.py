@@ -10,7 +10,10 @@ import pytest
 
 from agent.formats.model import ChunkTable, Digest, FormatError, Inode, InodeKind
 from agent.formats.nydus_writer import WrittenBlob, build_bootstrap, write_blob, write_bootstrap
+from agent.formats.nydus_writer.bootstrap import MAX_PREFETCH
 from agent.formats.nydus_writer.merge import merge_layers
+from agent.formats.tar import TarEntry
+from agent.formats.tar_headers import encode_header
 from agent.formats.tree import walk
 from tests.unit.formats.conftest import FixtureImages
 from tests.unit.formats.test_nydus_writer_tables import Boot, check_image, convert, source
@@ -124,7 +127,10 @@ def test_layers_with_equal_data_have_one_blob() -> None:
     assert layers[0].digest == layers[2].digest
     assert len(boot.blobs) == 2
     written = write_bootstrap(layers, io.BytesIO())
+    # In the order of the lowest layer that has each; the annotation and the blob table agree.
     assert written.blob_ids == (layers[0].blob_id, layers[1].blob_id)
+    assert written.blob_ids == tuple(entry["id"].decode() for entry in boot.blobs)
+    assert written.blob_ids == tuple(name.rstrip(b"\0").decode() for name, _, _ in boot.devices)
 
 
 def test_a_layer_without_data_has_no_blob() -> None:
@@ -238,6 +244,16 @@ def test_paths_to_read_ahead() -> None:
     assert made.missing == (b"usr/none", b"usr/tool/x")
     boot, _ = check_image(bytes(made.image), blobs)
     assert boot.prefetch == [boot.nids[b"/usr/tool"], boot.nids[b"/usr"], boot.nids[b"/"]]
+    assert made.warnings == ()
+
+
+def test_too_many_paths_to_read_ahead() -> None:
+    names = [b"%d" % number for number in range(MAX_PREFETCH + 1)]
+    layers, _ = convert([b"".join(encode_header(TarEntry(name, b"6")) for name in names)])
+    # What is named twice counts once.
+    made = build_bootstrap(layers, [*names, b"0", b"/"])
+    assert made.warnings == (f"2 of the paths to read ahead were left out: the table has {MAX_PREFETCH}",)
+    assert made.missing == ()
 
 
 def sparse(size: int, parts: list[tuple[int, bytes]]) -> bytes:
