@@ -22,12 +22,12 @@ from typing import Final, cast
 import attrs
 
 from agent.formats.checkpoints import Checkpoint, SeekableInflater, open_seekable
-from agent.formats.estargz import NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_NAME
 from agent.formats.inflate import Inflater, sniff
 from agent.formats.layout import round_up
 from agent.formats.model import ChunkTable, Digest, FormatError, Inode, InodeKind, LayerIndex, MemberTable, PieceTable
 from agent.formats.pieces import PIECE_BYTES, cut_fixed
 from agent.formats.tar import TarEntry, TarParser
+from agent.formats.toc import NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_NAME
 from agent.formats.tree import TreeBuilder, check_xattrs
 
 CHUNK_BYTES: Final = 4 << 20

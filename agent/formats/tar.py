@@ -213,7 +213,7 @@ class TarParser:
             self._header_offset = self._position - BLOCK
         kind = block[156:157]
         if kind in (b"x", b"g", b"X", b"L", b"K"):
-            size = _number(block[124:136])
+            size = parse_number(block[124:136])
             if not 0 <= size <= MAX_EXTENDED:
                 raise FormatError(f"a tar extended header of {size} bytes")
             self._extended_kind = kind
@@ -233,7 +233,7 @@ class TarParser:
         elif kind == b"K":
             self._long_link = payload.split(b"\0", 1)[0]
         elif kind == b"g":
-            for key, value in _pax_records(payload):
+            for key, value in parse_pax_records(payload):
                 if value:
                     self._global[key] = value
                 else:
@@ -243,7 +243,7 @@ class TarParser:
             if not self._records and self._long_name is None and self._long_link is None:
                 self._header_offset = -1
         else:
-            self._records += _pax_records(payload)
+            self._records += parse_pax_records(payload)
             if len(self._records) > 100_000:
                 raise FormatError("too many pax records for one entry")
         self._expect(_State.HEADER, BLOCK)
@@ -274,7 +274,7 @@ class TarParser:
         elif kind not in (b"1", b"2", b"3", b"4", b"5", b"6"):
             raise FormatError(f"tar entry {entry.path[:200]!r} of unknown type {kind!r}")
         if kind == b"S":
-            entry.size = _number(block[483:495])
+            entry.size = parse_number(block[483:495])
             entry.sparse = []
             self._take_gnu_map(block[386:483], 4, 96)
         elif entry.kind == b"0" and any(key.startswith(b"GNU.sparse.") for key in pax):
@@ -312,7 +312,7 @@ class TarParser:
         for at in range(0, 24 * count, 24):
             if not block[at : at + 12].strip(b"\0 ") and not block[at + 12 : at + 24].strip(b"\0 "):
                 break
-            sparse.append((_number(block[at : at + 12]), _number(block[at + 12 : at + 24])))
+            sparse.append((parse_number(block[at : at + 12]), parse_number(block[at + 12 : at + 24])))
         if len(sparse) > MAX_SPARSE_PARTS:
             raise FormatError("a sparse file of too many parts")
         if block[flag_at] not in (0, 0x30):
@@ -398,7 +398,7 @@ class TarParser:
 
 def _has_checksum(block: bytes) -> bool:
     try:
-        stated = _number(block[148:156])
+        stated = parse_number(block[148:156])
     except FormatError:
         return False
     if stated == 256 + sum(block[:148]) + sum(block[156:]):
@@ -408,8 +408,12 @@ def _has_checksum(block: bytes) -> bool:
     return stated == 256 + sum(signed)
 
 
-def _number(field: bytes) -> int:
-    """A header's number: octal text, or base-256 where the first bit is set."""
+def parse_number(field: bytes) -> int:
+    """A header's number: octal text, or base-256 where the first bit is set.
+
+    Raises:
+        FormatError: it is neither.
+    """
     first = field[0]
     if first & 0x80:
         if first == 0xFF:
@@ -430,16 +434,16 @@ def _decimal(text: bytes) -> int:
 
 
 def _parse_header(block: bytes, kind: bytes) -> TarEntry:
-    size = _number(block[124:136])
-    mtime = _number(block[136:148])
+    size = parse_number(block[124:136])
+    mtime = parse_number(block[136:148])
     if size < 0 or abs(mtime) > MAX_SIZE:
         raise FormatError(f"a tar entry of {size} bytes and time {mtime}")
     entry = TarEntry(
         block[:100].split(b"\0", 1)[0],
         kind,
-        mode=_number(block[100:108]) & 0o7777,
-        uid=_number(block[108:116]),
-        gid=_number(block[116:124]),
+        mode=parse_number(block[100:108]) & 0o7777,
+        uid=parse_number(block[108:116]),
+        gid=parse_number(block[116:124]),
         mtime_ns=mtime * 1_000_000_000,
         size=size,
         link=block[157:257].split(b"\0", 1)[0],
@@ -449,7 +453,7 @@ def _parse_header(block: bytes, kind: bytes) -> TarEntry:
         entry.uname = block[265:297].split(b"\0", 1)[0]
         entry.gname = block[297:329].split(b"\0", 1)[0]
         if kind in (b"3", b"4"):
-            entry.rdev = (_number(block[329:337]), _number(block[337:345]))
+            entry.rdev = (parse_number(block[329:337]), parse_number(block[337:345]))
         if magic == b"ustar\0":
             prefix = block[345:476] if block[508:512] == b"tar\0" else block[345:500]
             prefix = prefix.split(b"\0", 1)[0]
@@ -458,8 +462,12 @@ def _parse_header(block: bytes, kind: bytes) -> TarEntry:
     return entry
 
 
-def _pax_records(payload: bytes) -> list[tuple[bytes, bytes]]:
-    """`<length> <key>=<value>\\n` records, cut by length."""
+def parse_pax_records(payload: bytes) -> list[tuple[bytes, bytes]]:
+    """`<length> <key>=<value>\\n` records, cut by length.
+
+    Raises:
+        FormatError: they are not that.
+    """
     records = []
     at = 0
     while at < len(payload):

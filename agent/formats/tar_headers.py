@@ -13,8 +13,11 @@ def encode_header(entry: TarEntry) -> bytes:
     """All headers of an entry, whole blocks; its data, `entry.size` bytes, come behind them.
 
     Raises:
-        FormatError: a device number that tar cannot hold.
+        FormatError: a device number that tar cannot hold, or a name that ends in a slash and is not a directory's, which readers
+            do not agree on.
     """
+    if entry.kind != b"5" and entry.path.endswith(b"/"):
+        raise FormatError(f"tar entry {entry.path[:200]!r} is no directory")
     records: list[tuple[bytes, bytes]] = []
     prefix, name = _split(entry.path)
     if name is None:

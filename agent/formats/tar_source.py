@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, Final
 
+import attrs
+
 from agent.formats.model import FormatError
 from agent.formats.tar import TarEntry, TarParser
 from agent.formats.toc import NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_NAME
@@ -43,13 +45,19 @@ def list_entries(tar: BinaryIO) -> list[TarEntry]:
 
 
 def keep_last(entries: Iterable[TarEntry]) -> dict[bytes, TarEntry]:
-    """The entries that count, by clean path: the last one of each, in its own place, without `OWN_NAMES`."""
+    """The entries that count, by clean path: the last one of each, in its own place, without `OWN_NAMES`.
+
+    Where a name that is not a directory's ends in a slash, the slash goes: for container runtimes it says nothing, GNU tar and
+    libarchive would make a directory of a file that has it.
+    """
     kept: dict[bytes, TarEntry] = {}
     for entry in entries:
         key = clean_path(entry.path)
         if key in OWN_NAMES:
             continue
         kept.pop(key, None)
+        if entry.kind != b"5" and key and entry.path.endswith(b"/"):
+            entry = attrs.evolve(entry, path=entry.path.rstrip(b"/"))
         kept[key] = entry
     return kept
 

@@ -19,7 +19,6 @@ from typing import BinaryIO, Final
 import attrs
 import zstandard
 
-from agent.formats.estargz import NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_NAME
 from agent.formats.model import ChunkTable, Digest, FormatError, Inode, InodeKind
 from agent.formats.nydus_writer.records import (
     BLOB_FEATURES,
@@ -40,6 +39,7 @@ from agent.formats.nydus_writer.records import (
     trailing_header,
 )
 from agent.formats.tar import TarEntry, TarParser
+from agent.formats.toc import NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_NAME
 from agent.formats.tree import TreeBuilder, check_xattrs, walk
 
 BLOB_MEDIA_TYPE: Final = "application/vnd.oci.image.layer.nydus.blob.v1"

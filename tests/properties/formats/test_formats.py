@@ -438,6 +438,10 @@ def test_headers_survive(**fields: Any) -> None:
         entry.size = 0
     if entry.kind not in (b"3", b"4"):
         entry.rdev = (0, 0)
+    if entry.kind != b"5" and entry.path.endswith(b"/"):
+        with pytest.raises(FormatError, match="no directory"):
+            encode_header(entry)
+        return
     header = encode_header(entry)
     assert len(header) % 512 == 0
     sink = _Sink()

@@ -14,6 +14,8 @@ from agent.formats import estargz
 from agent.formats.estargz_writer import WrittenLayer, write_estargz
 from agent.formats.model import FormatError, digest_of
 from agent.formats.plain import PlainLayerParser
+from agent.formats.tar import TarEntry
+from agent.formats.tar_headers import encode_header
 
 
 def write(tar: bytes, **options: Any) -> tuple[WrittenLayer, bytes]:
@@ -157,6 +159,17 @@ def test_order_landmarks_and_links() -> None:
     assert names["./usr/bin/first"]["digest"] == digest_of(b"first")
     assert names["./etc/empty"]["digest"] == digest_of(b"")
     assert written.annotations["containerd.io/snapshot/stargz/toc.digest"] == written.toc_digest
+
+
+def test_a_slash_behind_the_name_of_a_file_goes() -> None:
+    # Go's archive/tar, and so every container runtime, has a file here; GNU tar would make a directory of it.
+    head = bytearray(encode_header(TarEntry(b"f", b"0", size=1)))
+    head[1:2] = b"/"
+    head[148:156] = b"%06o\0 " % (sum(head[:148]) + 256 + sum(head[156:]))
+    _, blob = write(bytes(head) + b"x" + bytes(511))
+    assert [(entry["name"], entry["type"]) for entry in toc_of(blob)[0][1:]] == [("f", "reg")]
+    with tarfile.open(fileobj=io.BytesIO(gzip.decompress(blob))) as archive:
+        assert (archive.getmember("f").isreg(), archive.getmember("f").size) == (True, 1)
 
 
 def test_without_priorities_the_landmark_says_so() -> None:

@@ -182,7 +182,8 @@ def test_what_go_cannot_agree_on_is_written_anew() -> None:
     old = bytearray(pack(regular("f"), form=tarfile.USTAR_FORMAT))
     old[156:157] = b"7"
     old[148:156] = b"%06o\0 " % (sum(old[:148]) + 256 + sum(old[156:512]))
-    for tar in (twice, acl, own, world.getvalue(), bytes(old)):
+    slash = pack(regular("f/", b"x"))
+    for tar in (twice, acl, own, world.getvalue(), bytes(old), slash):
         written, blob = write(tar)
         assert not written.is_tar_kept
         assert [entry["name"].removeprefix("./") for entry in toc_of(written, blob)["entries"]] == ["f"]
