@@ -22,6 +22,7 @@ from agent.lab.fleet import Lab, open_lab, quiet_logs, until_signal
 from agent.lab.node import Node
 from agent.lab.processes import LabError, run_command
 from agent.lab.publish import BuiltImage, build_image, default_cache, push_image
+from tests.benchmarks.bench_index import WRITERS, measure_all
 from tests.benchmarks.formats import FORMS, formats
 from tests.benchmarks.harness import Row, drop_caches, fill_caches, resident_mib, version_of, write_report
 
@@ -197,6 +198,17 @@ class Bench:
             await node.wipe()
 
 
+async def index_cost(bench: Bench) -> None:
+    """A layer of 100,000 entries in every format, from the bytes of its index to the metadata image."""
+    seconds = bench.row("index of 100,000 entries", "s", "", **dict.fromkeys(WRITERS, 4.0))
+    peak = bench.row("peak memory of a process that reads it", "MiB", "", **dict.fromkeys(WRITERS, 400.0))
+    found = await trio.to_thread.run_sync(partial(measure_all, repeat=bench.options.repeat))
+    for form, values in found.items():
+        for value in values:
+            seconds.add(form, value["seconds"])
+            peak.add(form, value["peak_mib"])
+
+
 async def run(options: Options) -> int:
     """All rows asked for; 1 if a limit was missed."""
     images = {form: await build_image(options.cache, form, size=options.size, progress=print) for form in ("esgz", "gzip")}
@@ -211,7 +223,12 @@ async def run(options: Options) -> int:
         await push_image(images["esgz"], lab.pushed(ESGZ))
         await push_image(images["gzip"], lab.pushed(GZIP))
         bench = Bench(options, lab, images["esgz"], images["gzip"])
-        groups = {"start": bench.start, "files": bench.files, "formats": partial(formats, bench)}
+        groups = {
+            "start": bench.start,
+            "files": bench.files,
+            "formats": partial(formats, bench),
+            "index": partial(index_cost, bench),
+        }
         for name, group in groups.items():
             if name in options.rows:
                 await group()
@@ -238,7 +255,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5, help="turns (default: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write raw values and ratios")
-    parser.add_argument("--rows", default="start,files,formats", help="which groups: start, files, formats (default: all)")
+    parser.add_argument(
+        "--rows", default="start,files,formats,index", help="which groups: start, files, formats, index (default: all)"
+    )
     parser.add_argument(
         "--snapshotter", type=_pair, action="append", default=[], metavar="NAME=SOCKET", help="another contestant"
     )
