@@ -14,6 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 IS_CI = os.environ.get("CI", "").lower() in {"1", "true", "yes"}
 
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    # Tests start `shoal` hundreds of times: compiling everything anew would be most of what they do. Still nothing beside the sources.
+    os.environ["PYTHONPYCACHEPREFIX"] = str(ROOT / ".pytest_cache" / "bytecode")
+
 hypothesis.settings.register_profile("local", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 # The same examples in every run: a red build is the change's fault, never the dice's.
 hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("local"), derandomize=True, print_blob=True)
