@@ -196,6 +196,7 @@ class _Agent:
             "pids": {"agent": os.getpid(), "fsmount": info.pid if info else 0, "holder": info.holder_pid if info else 0},
             "presentation": info.presentations[0] if info and info.presentations else "",
             "bytes": {"registry": counters.registry_bytes, "peers": counters.peer_bytes, "cache": counters.cache_bytes},
+            "abandoned_bytes": counters.abandoned_bytes,
             "served_bytes": self.server.served_bytes if self.server else 0,
             "chunks_verified": counters.chunks_verified,
             "bad_chunks": counters.bad_chunks,

@@ -227,6 +227,14 @@ class Fleet:
             await node.start([other.address for other in others] if in_fleet else [])
         return node
 
+    async def check_registry_bytes(self, node: AgentNode) -> int:
+        """The node's own count agrees with the registry's log, which also has what was under way when the node gave a request up;
+        gives the node's count."""
+        status = await node.status()
+        counted: int = status["bytes"]["registry"]
+        assert counted <= self.registry_bytes(node) <= counted + status["abandoned_bytes"]
+        return counted
+
     def registry_bytes(self, node: AgentNode) -> int:
         """Bytes of blobs sent to the node, by the registry's own access log."""
         return self.registry.sent_bytes(node.proxy.source)

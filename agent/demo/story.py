@@ -97,6 +97,7 @@ def _from(counted: dict[str, int]) -> str:
 def _take(row: Row, status: dict[str, Any]) -> None:
     counted = status["bytes"]
     row.registry, row.peers, row.cache = counted["registry"], counted["peers"], counted["cache"]
+    row.abandoned = status["abandoned_bytes"]
     row.chunks_verified = status["chunks_verified"]
     pieces = sum(layer["pieces"] for layer in status["layers"])
     row.held = sum(layer["pieces_held"] for layer in status["layers"]) / max(1, pieces)
@@ -150,6 +151,7 @@ def as_json(rows: list[Row], logged: dict[str, int], image_size: int) -> dict[st
                 "pull_s": round(row.pull_s, 4),
                 "first_output_s": round(row.first_output_s, 4),
                 "bytes": {"registry": row.registry, "peers": row.peers, "cache": row.cache},
+                "bytes_abandoned": row.abandoned,
                 "bytes_until_output": row.first_bytes,
                 "chunks_verified": row.chunks_verified,
                 "output_ok": row.output_ok is True,

@@ -24,6 +24,7 @@ class Row:
     registry: int = 0
     peers: int = 0
     cache: int = 0
+    abandoned: int = 0
     chunks_verified: int = 0
     held: float = 0.0
     registry_log: int = 0

@@ -361,6 +361,7 @@ class Resolver:
                             if run.priority is Priority.BACKGROUND:
                                 await self._be_polite(run)
                             if run.stop < stop_piece and offset + len(block) >= pieces.starts[run.stop]:
+                                self.counters.abandoned_bytes += stop - offset - len(block)
                                 break
                 finally:
                     arrivals.end()
@@ -393,7 +394,7 @@ class Resolver:
                 self.counters.chunks_verified += len(chunks)
                 self._wake(state, chunks)
                 for piece in held:
-                    self._queue.advance(run, piece + 1)
+                    self._queue.arrived(run, piece + 1, time.monotonic())
                     self._sourcing.piece_held(state.layer, piece)
 
     def _piece_done(self, state: _LayerState, piece: int) -> None:

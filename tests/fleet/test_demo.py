@@ -48,7 +48,9 @@ def test_only_the_first_node_asked_the_registry(result: dict) -> None:
     logged = result["registry_log_bytes"]
     for node in result["nodes"]:
         fetched = node["bytes"]
-        assert fetched["registry"] == logged[node["name"]], "our counters and the registry's log disagree"
+        # The log also has what was under way when node1 gave a request up for a read that could not wait.
+        most = fetched["registry"] + node["bytes_abandoned"]
+        assert fetched["registry"] <= logged[node["name"]] <= most, "our counters and the registry's log disagree"
         if node["name"] == "node1":
             assert fetched["peers"] == 0
             assert result["image_bytes"] <= fetched["registry"] < 1.05 * result["image_bytes"]

@@ -26,9 +26,9 @@ async def test_other_nodes_take_nothing_from_the_registry(shared_fixtures: Path)
                 seen = json.loads((await first.shoal("inspect", first.image(f"fixtures:{tag}"), "--verify", "--json")).stdout)
                 assert all(layer["verified"]["ok"] for layer in seen["layers"]), seen
                 await first.wait_complete()
-            assert (await first.status())["bytes"]["registry"] == fleet.registry_bytes(first) > 0
+            assert await fleet.check_registry_bytes(first) > 0
 
-            served = 0
+            served = abandoned = 0
             for pair in PAIRS:  # each on a node that has nothing else
                 node = await fleet.node(bootstrap=[first])
                 for tag in pair:
@@ -39,7 +39,8 @@ async def test_other_nodes_take_nothing_from_the_registry(shared_fixtures: Path)
                 status = await node.status()
                 assert (status["bytes"]["registry"], status["bytes"]["cache"]) == (0, 0)
                 served += status["bytes"]["peers"]
-                assert (await first.status())["served_bytes"] == served
+                abandoned += status["abandoned_bytes"]
+                assert served <= (await first.status())["served_bytes"] <= served + abandoned
                 await node.stop()
 
             # The registry goes. Under the first node's name for it the images are known to that node alone.

@@ -73,7 +73,16 @@ def test_a_row_without_baseline_has_an_absolute_limit() -> None:
 
 def test_the_demo_writes_what_scripts_read() -> None:
     row = DemoRow(
-        "node2", pull_s=0.5, first_output_s=1.0, first_bytes=7, registry=1, peers=2, cache=3, chunks_verified=4, output_ok=True
+        "node2",
+        pull_s=0.5,
+        first_output_s=1.0,
+        first_bytes=7,
+        registry=1,
+        peers=2,
+        cache=3,
+        abandoned=9,
+        chunks_verified=4,
+        output_ok=True,
     )
     told = json.loads(json.dumps(as_json([row], {"node2": 1}, 100)))
     assert told["registry_log_bytes"] == {"node2": 1}
@@ -83,6 +92,7 @@ def test_the_demo_writes_what_scripts_read() -> None:
             "pull_s": 0.5,
             "first_output_s": 1.0,
             "bytes": {"registry": 1, "peers": 2, "cache": 3},
+            "bytes_abandoned": 9,
             "bytes_until_output": 7,
             "chunks_verified": 4,
             "output_ok": True,

@@ -268,3 +268,38 @@ def test_what_a_run_covers_is_not_taken_again_from_another_queue() -> None:
     world.want(1, DEMAND)
     assert extents(world.take()) == [("a", 1, 3)]
     assert len(world.queue) == 0
+
+
+def test_a_demand_waits_for_a_run_that_will_be_there_soon() -> None:
+    world = World()
+    world.want(range(4), PREFETCH)
+    (run,) = world.take(0.0)
+    world.queue.arrived(run, 1, 0.02)
+    world.want(3, DEMAND, 0.03)  # two pieces on, at 20 ms each
+    assert (run.first, run.stop, run.priority) == (1, 4, DEMAND)
+    assert world.take(0.03) == []
+
+
+def test_a_demand_does_not_wait_for_a_slow_run_nor_for_one_that_stalls() -> None:
+    for piece_s, now in ((0.5, 0.6), (0.02, 2.0)):
+        world = World()
+        world.want(range(4), PREFETCH)
+        (run,) = world.take(0.0)
+        world.queue.arrived(run, 1, piece_s)
+        world.want(3, DEMAND, now)
+        assert (run.first, run.stop) == (1, 3)
+        assert extents(world.take(now)) == [("a", 3, 4)]
+
+
+def test_the_pace_is_that_of_all_runs_lately() -> None:
+    world = World()
+    world.want(range(4), PREFETCH)
+    world.want(range(4), PREFETCH, key="b")
+    slow, other = world.take(0.0)
+    world.queue.arrived(slow, 1, 4.0)
+    for piece in range(2, 5):
+        world.queue.arrived(slow, piece, 4.0 + 0.01 * piece)
+    world.queue.finished(slow, 4.05)
+    world.queue.arrived(other, 1, 4.05)
+    world.want(3, DEMAND, 4.06, key="b")  # its own first piece was as slow
+    assert other.stop == 3
