@@ -51,6 +51,8 @@ class Needs:
         self._parked: dict[int, _Parked] = {}
         self._numbers = itertools.count(1)
         self._agents: list[Tell] = []
+        self.asked_since = float("-inf")
+        """When the agent that is asked now became the one (trio's clock): what an earlier one could not give, it may."""
 
     def __len__(self) -> int:
         return len(self._parked)
@@ -63,6 +65,7 @@ class Needs:
     def attach(self, tell: Tell) -> None:
         """A new agent is here: it is told everything parked, and every need from now on."""
         self._agents.append(tell)
+        self.asked_since = trio.current_time()
         self._tell_all()
 
     def detach(self, tell: Tell) -> None:
@@ -71,6 +74,7 @@ class Needs:
         if tell in self._agents:
             self._agents.remove(tell)
         if was_asked:
+            self.asked_since = trio.current_time()
             self._tell_all()
 
     def answer(self, number: int, code: int, text: str) -> None:

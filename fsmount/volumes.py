@@ -163,9 +163,11 @@ class Volume:
 
         So deadline and log line are one for the reader, though read-ahead, the page and the file system above each ask in turn.
         What only touches the refused range counts too: one read of the file system above may become several READs in a row.
+        What was refused before the present agent came is forgotten: that agent may have what the last one had not.
         """
+        asked_since = self._reader.needs.asked_since
         for begin, end, refused, since, is_told in reversed(self._refused):
-            if begin <= stop and first <= end and now - refused < _ASKED_AGAIN_S:
+            if begin <= stop and first <= end and now - refused < _ASKED_AGAIN_S and refused >= asked_since:
                 return since, is_told
         return now, False
 

@@ -70,6 +70,21 @@ async def test_a_miss_nobody_answers_ends_in_eio_and_a_log_line(run_dir: Path, l
     assert "the agent" in words
 
 
+async def test_what_one_agent_could_not_give_the_next_is_asked_for_at_once(run_dir: Path, layer: LayerOnDisk) -> None:
+    await start_fsmount(run_dir, read_deadline_s=0.5)
+
+    async def hang(_need: Need) -> None:
+        await trio.sleep_forever()
+
+    async with open_link(run_dir, hang) as link:
+        path = await register(link, layer) / "big"
+        with pytest.raises(OSError):
+            await in_thread(read_at, path, 4 << 20, 10)
+    async with open_agent(run_dir, layer):
+        # Within the second in which the kernel's own second try would be answered from memory.
+        assert await in_thread(read_at, path, 4 << 20, 10) == layer.source[4 << 20 :][:10]
+
+
 async def test_without_agent_a_read_waits_for_one(fsmount: Path, layer: LayerOnDisk) -> None:
     async with open_link(fsmount) as link:
         path = await register(link, layer) / "big"
