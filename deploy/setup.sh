@@ -89,16 +89,24 @@ python_packages() {
   say "installing the locked Python packages into .venv"
   # System certificates: behind a company's proxy the bundled ones know nothing of it.
   env -u VIRTUAL_ENV UV_PYTHON_DOWNLOADS=never UV_PYTHON="$python" UV_SYSTEM_CERTS=true UV_NATIVE_TLS=true UV_LINK_MODE=copy \
-    "$tools/uv/bin/uv" sync --frozen --quiet
+    "$tools/uv/bin/uv" sync --frozen --quiet --compile-bytecode
   [[ -x .venv/bin/shoal ]] || die "uv sync left no .venv/bin/shoal"
 }
+
+# Python writes bytecode by itself only where PYTHONDONTWRITEBYTECODE is not set, as in many images, and never where it may not write.
+# Without it every command compiles its modules anew.
+our_bytecode() { .venv/bin/python -m compileall -q agent fsmount; }
 
 setup_base() {
   local stamp
   stamp=$(stamp_of)
-  if is_done setup "$stamp" && [[ -x .venv/bin/shoal ]]; then return; fi
+  if is_done setup "$stamp" && [[ -x .venv/bin/shoal ]]; then
+    our_bytecode
+    return
+  fi
   system_packages "${packages[@]}"
   python_packages
+  our_bytecode
   echo "$stamp" >"$tools/setup.stamp"
   say "ready: .venv/bin/shoal"
 }
