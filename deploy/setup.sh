@@ -2,7 +2,7 @@
 # Everything a fresh Debian-like machine needs, as root. Quick when there is nothing left to do.
 #
 #   deploy/setup.sh          what Shoal, `make demo` and `make check` need; leaves .venv/bin/shoal
-#   deploy/setup.sh test     that, and what only the tests need: skopeo, umoci and podman, which judge converted images; containerd 2.x
+#   deploy/setup.sh test     that, and what only the tests need: judges of images, file systems; containerd 2.x
 #                            and its conformance suite, built from source
 #
 # Nothing is taken from outside Debian's archive and PyPI, except, for the tests, Go and its modules. Python packages go into .venv, the
@@ -23,7 +23,9 @@ packages=(
   iproute2 util-linux mount procps kmod
 )
 
-test_packages=(skopeo umoci podman)   # some 140 MB and 20 s
+# skopeo, umoci and podman (some 140 MB) judge converted images, systemd-analyze the units; the mkfs make file systems of the tests' own:
+# small ones that fill up, and one on which chunks share blocks.
+test_packages=(skopeo umoci podman btrfs-progs e2fsprogs systemd)
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }

@@ -24,7 +24,7 @@ from agent.lab.processes import LabError, run_command
 from agent.lab.publish import BuiltImage, build_image, default_cache, push_image
 from tests.benchmarks.bench_index import WRITERS, measure_all
 from tests.benchmarks.formats import FORMS, formats
-from tests.benchmarks.harness import Row, drop_caches, fill_caches, resident_mib, version_of, write_report
+from tests.benchmarks.harness import Row, drop_caches, fill_caches, resident_bytes, version_of, write_report
 
 ESGZ, GZIP = "sample:esgz", "sample:gzip"
 
@@ -43,7 +43,6 @@ if sys.argv[1] == "warm":
     subprocess.run(sys.argv[2:], stdout=subprocess.DEVNULL, check=True)
 print(time.perf_counter() - began, flush=True)
 """
-# All layers at once over the link, nothing else done with them: the time that no puller can beat.
 FETCH = """
 import sys, threading, time, urllib.request
 def get(url):
@@ -129,6 +128,11 @@ class Bench:
         done = await node.run(self.lab.image(image), script, snapshotter=snapshotter)
         return float(done.stdout)
 
+    async def link_alone(self, node: Node, image: BuiltImage) -> float:
+        """Seconds that the link takes for all layers at once: no puller that waits for the last byte can be faster."""
+        urls = [f"http://{self.lab.image('v2/sample/blobs')}/{layer.digest}" for layer in image.layers]
+        return float((await run_command([*node.host.enter(), sys.executable, "-c", FETCH, *urls])).stdout)
+
     # -- rows -----------------------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
@@ -174,15 +178,14 @@ class Bench:
         warm = self.row("all files read, warm", "s", "overlayfs", shoal=1.2)
         cold = self.row("all files read, cold", "s", "link", shoal=1.5)
         whole = self.row("pull and all files read, cold", "s", "link")
-        rss = self.row("memory of agent, fsmount and holder after it", "MiB", "", resident=150)
+        rss = self.row("memory of agent, fsmount and holder after it", "MB", "", resident=150)
         baseline = await self.fresh("baseline", with_agent=False)
         await baseline.full_pull(self.lab.image(GZIP))
-        urls = [f"http://{self.lab.image('v2/sample/blobs')}/{layer.digest}" for layer in self.esgz.layers]
         for _turn in range(self.options.repeat):
             node = await self.fresh("cold")
-            link = await run_command([*node.host.enter(), sys.executable, "-c", FETCH, *urls])
+            link_s = await self.link_alone(node, self.esgz)
             for row in (cold, whole):
-                row.add("link", float(link.stdout))
+                row.add("link", link_s)
             await trio.to_thread.run_sync(drop_caches)
             began = time.monotonic()
             await run_command(node.shoal("pull", self.lab.image(ESGZ)))
@@ -192,9 +195,9 @@ class Bench:
                 row.add("overlayfs", await self.inside(baseline, "warm", command, snapshotter="overlayfs", image=GZIP))
                 row.add("shoal", await self.inside(node, "warm", command, snapshotter="shoal", image=ESGZ))
             pids = (await node.status())["pids"]
-            resident, proportional = resident_mib([pid for pid in pids.values() if pid])
-            rss.add("resident", resident)
-            rss.add("proportional", proportional)
+            resident, proportional = resident_bytes([pid for pid in pids.values() if pid])
+            rss.add("resident", resident / 1e6)
+            rss.add("proportional", proportional / 1e6)
             await node.wipe()
 
 

@@ -62,6 +62,7 @@ async def formats(bench: "Bench") -> None:
         timed = await baseline.pull_and_run(bench.lab.image(PLAIN), lazy=False)
         bench.check(timed.output, "full pull")
         plain.add("full pull", timed.first_output_s)
+        plain.add("the link alone", await bench.link_alone(baseline, bench.gzip))
         for form, name in images.items():
             node = await bench.fresh("cold", flags=TRUST)
             timed = await node.pull_and_run(bench.lab.image(name))

@@ -111,8 +111,8 @@ def fill_caches(folder: Path) -> None:
                     continue
 
 
-def resident_mib(pids: list[int]) -> tuple[float, float]:
-    """Resident and proportional memory of some processes together, in MiB."""
+def resident_bytes(pids: list[int]) -> tuple[int, int]:
+    """Resident and proportional memory of some processes together."""
     rss = pss = 0
     for pid in pids:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -120,7 +120,7 @@ def resident_mib(pids: list[int]) -> tuple[float, float]:
                 rss += int(line.split()[1])
             elif line.startswith("Pss:"):
                 pss += int(line.split()[1])
-    return rss / 1024, pss / 1024
+    return rss << 10, pss << 10
 
 
 def write_report(path: Path | None, rows: list[Row], facts: dict[str, Any]) -> None:
