@@ -19,9 +19,8 @@ from collections.abc import Iterable, Mapping
 from itertools import accumulate, repeat
 from typing import Final, Protocol
 
-import crc32c
-
 from fsmount.erofs._xattrs import Warnings, XattrTable
+from fsmount.erofs.checksum import crc32c
 from fsmount.erofs.layout import (
     BLOCK,
     BLOCK_BITS,
@@ -544,5 +543,5 @@ class _Writer:
         )
         DEVICE_SLOT.pack_into(image, SUPER_END, b"", self._device_blocks, blocks, 0, 0)
         # The sum is CRC-32C without the final inversion, over the rest of the first block.
-        checksum = crc32c.crc32c(memoryview(image)[SUPER_OFFSET:BLOCK]) ^ 0xFFFFFFFF
+        checksum = crc32c(memoryview(image)[SUPER_OFFSET:BLOCK]) ^ 0xFFFFFFFF
         struct.pack_into("<I", image, SUPER_OFFSET + 4, checksum)
