@@ -13,6 +13,7 @@ _FORMATS: Final = (
     ("agent.formats.soci", "FORMAT"),
 )
 _SOCI_V1: Final = ("agent.formats.soci", "FORMAT_V1")
+_ALL: Final = (*_FORMATS, _SOCI_V1)
 
 
 def find_format(facts: LayerFacts, *, soci_v1: bool = False) -> Format | None:
@@ -20,8 +21,19 @@ def find_format(facts: LayerFacts, *, soci_v1: bool = False) -> Format | None:
 
     `soci_v1`: also take indexes that anybody who may push to the repository could have made.
     """
-    for module, name in (*_FORMATS, _SOCI_V1) if soci_v1 else _FORMATS:
+    for module, name in _ALL if soci_v1 else _FORMATS:
         found: Format = getattr(import_module(module), name)
         if found.recognises(facts):
             return found
     return None
+
+
+def place_of(wanted: Format) -> str:
+    """What `format_at` takes, in whatever process."""
+    return next(f"{module}:{name}" for module, name in _ALL if getattr(import_module(module), name) is wanted)
+
+
+def format_at(place: str) -> Format:
+    """The format of which `place_of` says so."""
+    found: Format = next(getattr(import_module(module), name) for module, name in _ALL if f"{module}:{name}" == place)
+    return found

@@ -50,6 +50,7 @@ class ImageCommands:
         began = time.monotonic()
         image = ImageReference.parse(str(args["image"]))
         namespace = str(args.get("namespace") or "default")
+        self.layers.expect()
         resolved = await self.manifests.get(image)
         pinned = attrs.evolve(image, digest=resolved.digest)
         prepared: list[PreparedLayer] = []
@@ -79,6 +80,7 @@ class ImageCommands:
         directory = Path(str(args["directory"]))
         if not directory.is_absolute():
             raise ShoalError(f"{directory} is not an absolute path")
+        self.layers.expect()
         resolved = await self.manifests.get(image)
         prepared = await self._prepare_all(attrs.evolve(image, digest=resolved.digest), resolved, emit)
         try:

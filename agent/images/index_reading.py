@@ -1,7 +1,7 @@
 """Reading the index of a layer for whichever format it has: the side of the conversation (`agent.formats.opening`) that does I/O.
 
 A peer that holds the layer's index gives it in one request; the registry is asked for ranges. Whatever comes is believed only as
-far as the format can verify it. What was read of the piece that holds the index is kept, so that this node can give it to others.
+far as the format can verify it; the format itself runs in a process of its own (`agent.indexing`). What was read of the piece that holds the index is kept, so that this node can give it to others.
 """
 
 import hashlib
@@ -13,11 +13,11 @@ import trio
 
 from agent.errors import SourceError, SourceRefused, SourceUnavailable
 from agent.formats.model import Digest, FormatError, LayerIndex
-from agent.formats.opening import AttachedBlob, BlobRange, Format, IndexReader, LayerFacts, ManifestBytes, ReferrersOf, Want
+from agent.formats.opening import AttachedBlob, BlobRange, Format, LayerFacts, ManifestBytes, ReferrersOf, Want
+from agent.indexing.processes import IndexProcesses
 from agent.registry import Descriptor, ImageReference, RegistryClient
 from agent.resolve import Resolver, Source
 from agent.store import StoredLayer
-from fsmount.erofs import write_image
 
 log = structlog.get_logger()
 
@@ -61,6 +61,7 @@ class IndexFetcher:
     registry: RegistryClient
     sources: IndexSources
     resolver: Resolver
+    processes: IndexProcesses
     cpu: trio.CapacityLimiter
 
     async def fetch(self, image: ImageReference, facts: LayerFacts, layer_format: Format) -> ReadIndex:
@@ -83,16 +84,11 @@ class IndexFetcher:
         return await self._run(image, facts, layer_format, _Kept({}))
 
     async def _run(self, image: ImageReference, facts: LayerFacts, layer_format: Format, kept: "_Kept") -> ReadIndex:
-        reader = layer_format.read_index(facts)
-        answer: bytes | None = None
-        while True:
-            with self.resolver.holding_prefetch():
-                step = await trio.to_thread.run_sync(_step, reader, answer, limiter=self.cpu)
-            if isinstance(step, LayerIndex):
-                break
-            answer = await self._answer(image, facts, step, kept)
-        with self.resolver.holding_prefetch():
-            return await trio.to_thread.run_sync(_finish, step, facts.size, kept, limiter=self.cpu)
+        async def answer(want: Want) -> bytes:
+            return await self._answer(image, facts, want, kept)
+
+        index, meta = await self.processes.read(layer_format, facts, answer)
+        return await trio.to_thread.run_sync(_finish, index, meta, facts.size, kept, limiter=self.cpu)
 
     async def _answer(self, image: ImageReference, facts: LayerFacts, want: Want, kept: "_Kept") -> bytes:
         if isinstance(want, BlobRange):
@@ -184,18 +180,8 @@ class _Kept:
         return None
 
 
-def _step(reader: IndexReader, answer: bytes | None) -> Want | LayerIndex:
-    """Let the format go on until it wants something or is done; in a worker thread."""
-    try:
-        return reader.send(answer)  # type: ignore[arg-type]  # the first thing sent to a generator is None
-    except StopIteration as stop:
-        result: LayerIndex = stop.value
-        return result
-
-
-def _finish(index: LayerIndex, own_size: int, kept: _Kept) -> ReadIndex:
-    """The metadata image, and the digest by which the index piece is known from now on; in a worker thread."""
-    meta = write_image(index.root, volume_size=index.volume_size, user_markers=False)
+def _finish(index: LayerIndex, meta: bytearray, own_size: int, kept: _Kept) -> ReadIndex:
+    """With the digest by which the index piece is known from now on; in a worker thread."""
     pieces, index_bytes = index.pieces, b""
     if pieces.index_piece >= 0:
         start, stop = pieces.extent(pieces.index_piece)

@@ -26,6 +26,7 @@ from agent.images.fleet_index import FleetIndexes
 from agent.images.index_reading import IndexFetcher, IndexSources
 from agent.images.manifests import Manifests, facts_of
 from agent.images.whole import WholeFetcher, WholeSources
+from agent.indexing.processes import IndexProcesses, open_index_processes
 from agent.registry import Descriptor, ImageReference
 from agent.resolve import Counters, Priority, Resolver
 from agent.store import Store, StoredLayer
@@ -71,6 +72,7 @@ class Layers:
         resolver: Resolver,
         link: Callable[[], Awaitable[Link]],
         fleet_indexes: FleetIndexes,
+        processes: IndexProcesses,
         counters: Counters,
         *,
         presentation: str,
@@ -93,8 +95,12 @@ class Layers:
         self._presented: dict[str, tuple[Link, StoredLayer, PreparedLayer]] = {}
         """What was mounted over which connection, so that asking again costs nothing; another connection asks fsmount anew."""
         self._cpu = trio.CapacityLimiter(2)
-        self.indexes = IndexFetcher(manifests.registry, sources, resolver, self._cpu)
+        self.indexes = IndexFetcher(manifests.registry, sources, resolver, processes, self._cpu)
         self._whole = WholeFetcher(store, sources, counters, work_dir, self._cpu)
+
+    def expect(self) -> None:
+        """Layers will be prepared as soon as somebody knows which."""
+        self.indexes.processes.expect()
 
     async def prepare(
         self, image: ImageReference | None, layer: Descriptor, neighbours: Sequence[Descriptor] = ()
@@ -130,6 +136,7 @@ class Layers:
         if stored is None:
             if image is None:
                 raise SourceRefused(f"layer {digest} is not on this node and no image says where it is")
+            self.expect()
             stored = await self._fetch(image, layer, digest)
             log.info(
                 "layer_ready", layer=digest, image=str(image), format=stored.extra.get("format"), size_bytes=stored.blob_size
@@ -332,7 +339,7 @@ async def open_layers(
     background: bool,
 ) -> AsyncIterator[Layers]:
     """The layers of a node. `link` gives the connection to fsmount, and waits while there is none."""
-    async with trio.open_nursery() as nursery:
+    async with open_index_processes() as processes, trio.open_nursery() as nursery:
         yield Layers(
             nursery,
             store,
@@ -341,6 +348,7 @@ async def open_layers(
             resolver,
             link,
             fleet_indexes,
+            processes,
             resolver.counters,
             presentation=presentation,
             prefetch=prefetch,

@@ -1,0 +1,88 @@
+"""The program of an index process: reads indexes for the agent at the other end of its standard input, one after another.
+
+It imports what reading an eStargz index takes before anybody asks, and the rest when it is asked for. It ends when the agent
+closes the socket or goes away.
+"""
+
+import gc
+import resource
+import socket
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from agent.formats import catalogue, estargz  # noqa: F401 - what most layers need
+from agent.formats.model import FormatError
+from agent.indexing import messages
+from fsmount.erofs import write_image
+
+MAX_MEMORY: Final = 4 << 30
+"""A layer of a million entries takes 3 GB while its index is read; more is refused here instead of taken from the node."""
+
+
+def main() -> None:
+    """Serve until the socket ends."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY if hard == resource.RLIM_INFINITY else min(MAX_MEMORY, hard), hard))
+    with suppress(OSError):  # if memory runs out on the node, this process goes first: the layer is then read through instead
+        Path("/proc/self/oom_score_adj").write_text("800")
+    gc.collect()
+    gc.freeze()  # modules stay for ever: no later collection need look at them
+    with socket.socket(fileno=0) as sock, suppress(EOFError, ConnectionError):
+        while True:
+            head, _ = _receive(sock)
+            _read(sock, head)
+
+
+def _read(sock: socket.socket, request: dict[str, Any]) -> None:
+    """One index, from the first want to the result."""
+    try:
+        facts = messages.facts_of(request["facts"])
+        reader = catalogue.format_at(request["read"]).read_index(facts)
+        try:
+            want = next(reader)
+            while True:
+                _send(sock, messages.want_head(want))
+                want = reader.send(bytes(_receive(sock)[1]))
+        except StopIteration as stop:
+            index = stop.value
+        meta = write_image(index.root, volume_size=index.volume_size, user_markers=False)
+        head, parts = messages.index_frame(index, meta)
+    except FormatError as exc:
+        _send(sock, {"format_error": str(exc)})
+    except MemoryError:
+        _send(sock, {"format_error": f"reading the index takes more than {MAX_MEMORY >> 30} GiB of memory"})
+    except (EOFError, ConnectionError):
+        raise
+    except Exception:  # noqa: BLE001 - the process's edge: the agent logs it and goes on
+        _send(sock, {"defect": traceback.format_exc(limit=-4)})
+    else:
+        _send(sock, {"index": head}, parts)
+
+
+def _send(sock: socket.socket, head: dict[str, Any], parts: list[bytes | bytearray] | tuple[()] = ()) -> None:
+    sock.sendall(messages.pack_head(head, sum(len(part) for part in parts)))
+    for part in parts:
+        sock.sendall(part)
+
+
+def _receive(sock: socket.socket) -> tuple[dict[str, Any], bytearray]:
+    head_size, body_size = messages.lengths(bytes(_exactly(sock, messages.HEAD.size)))
+    head = messages.unpack_head(bytes(_exactly(sock, head_size)))
+    return head, _exactly(sock, body_size)
+
+
+def _exactly(sock: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    view, at = memoryview(data), 0
+    while at < size:
+        count = sock.recv_into(view[at:])
+        if not count:
+            raise EOFError
+        at += count
+    return data
+
+
+if __name__ == "__main__":
+    main()
