@@ -20,12 +20,13 @@ import sys
 import sysconfig
 import tarfile
 from collections.abc import Iterator, Sequence
+from importlib.util import source_from_cache
 from pathlib import Path
 from typing import Final
 
 import attrs
 
-VERSION: Final = "3"
+VERSION: Final = "4"
 """Part of the cache's key; count it up when what this module makes changes."""
 
 PACKAGES: Final = ("attrs", "cryptography.x509", "httpx", "msgpack", "rich.console", "structlog", "trio")
@@ -148,7 +149,8 @@ def _trace(interpreter: Path, script: Path, site: Path) -> tuple[str, list[Path]
     done = subprocess.run(
         [str(interpreter), "-s", "-c", _TRACER, str(script)], env=environment, capture_output=True, text=True, check=True
     )
-    return done.stdout.strip(), [Path(line) for line in done.stderr.splitlines() if line.startswith("/")]
+    opened = [line for line in done.stderr.splitlines() if line.startswith("/")]
+    return done.stdout.strip(), [Path(source_from_cache(line) if line.endswith(".pyc") else line) for line in opened]
 
 
 def _padding(taken: set[str], size: int) -> Iterator[_Item]:
