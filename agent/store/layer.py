@@ -17,7 +17,7 @@ from agent.errors import StoreError
 from agent.formats.model import BLOCK_SIZE, Digest, FormatError
 from agent.store import verification
 from agent.store.gate import Gate
-from agent.store.layout import LayerPaths, OpenedLayer, data_size, doubt_pieces, is_image_good, write_saved
+from agent.store.layout import LayerPaths, OpenedLayer, data_size, doubt_pieces, is_image_good, sync_layer, write_saved
 from agent.store.sparse import allocated_bytes, clone_range, has_data, punch_hole, read_exactly, write_all, write_content
 
 BLOB_READ: Final = 1 << 20
@@ -39,6 +39,7 @@ class StoredLayer:
         on_full: Callable[[], None],
         writing: Gate,
         is_dirty: bool = False,
+        is_new: bool = False,
     ) -> None:
         header = opened.header
         self.digest: Digest = header.digest
@@ -65,6 +66,7 @@ class StoredLayer:
         self._arriving: dict[int, float] = {}
         """Pieces that somebody is writing or about to mark, and when they were last touched: eviction leaves their bytes alone."""
         self._is_dirty = self._is_map_dirty = is_dirty
+        self._is_index_durable = not (is_dirty or is_new)
         self._is_closed = False
         self._may_clone = True
         """Until the file system has refused; it would refuse again."""
@@ -448,6 +450,10 @@ class StoredLayer:
         Raises:
             StoreError: the disk failed. What the kernel could not write is in doubt from now on.
         """
+        if not self._is_index_durable:
+            with self._shared("checkpointing"), self._mapped_errors("checkpointing"):
+                sync_layer(self.root)
+            self._is_index_durable = True
         if not self._is_dirty:
             return
         with self._shared("checkpointing"):

@@ -182,7 +182,7 @@ class LayerPaths:
 def write_layer(
     root: Path, digest: Digest, index: LayerIndex, meta_image: bytes | bytearray, extra: dict[str, str | int]
 ) -> None:
-    """Write all files of a new layer into the empty directory `root`, durably.
+    """Write all files of a new layer into the empty directory `root`.
 
     Raises:
         FormatError: the index contradicts itself.
@@ -244,7 +244,7 @@ def write_layer(
 
 
 def sync_layer(root: Path) -> None:
-    """Make a layer's index files durable (the data follow with the checkpoints)."""
+    """Make a layer's index files durable."""
     paths = LayerPaths.of(root)
     for path in (paths.member_table, paths.learnt):
         if path.exists():

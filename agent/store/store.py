@@ -38,6 +38,9 @@ log = structlog.get_logger()
 CHECKPOINT_INTERVAL_S: Final = 30.0
 """What a power cut can cost is hashing and, where bytes never reached the disk, fetching this much again."""
 
+NEW_LAYER_S: Final = 3.0
+"""When a new layer's index is made durable: soon, but not while a container starts from it."""
+
 QUOTA_LOOK_BYTES: Final = 32 << 20
 """Usage is looked at after so many bytes were written: the overshoot over the quota."""
 
@@ -80,6 +83,7 @@ class Store:
         self._scrubber = trio.CapacityLimiter(1)
         self._token = trio.lowlevel.current_trio_token()
         self._look = trio.Event()
+        self._made = trio.Event()
         self._written_since_look = 0
         self._is_disk_full = False
         self._to_index_send, self._to_index = trio.open_memory_channel[Digest](math.inf)  # at most one entry a layer
@@ -99,7 +103,7 @@ class Store:
     ) -> StoredLayer:
         """Store a new layer without any of its data; the one that is there if it is there already.
 
-        A process killed at any moment leaves it complete or absent.
+        A process killed at any moment leaves it complete or absent. It survives a power cut from the next checkpoint on.
 
         Raises:
             FormatError: the index contradicts itself.
@@ -118,6 +122,7 @@ class Store:
             self._layers[digest] = made
             self._unindexed.add(digest)
             self._filed[digest] = trio.Event()
+        self._made.set()
         self._making.pop(digest, None)  # whoever comes now finds the layer
         self._to_index_send.send_nowait(digest)
         return made
@@ -128,22 +133,22 @@ class Store:
         target = self._root_of(digest)
         work = Path(tempfile.mkdtemp(prefix=target.name[:12] + ".", dir=self.path / "temporary"))
         try:
+            # Durable with the first checkpoint: a start does not wait for the disk, and a layer that a power cut tears is noticed
+            # by its checksums and read anew.
             layout.write_layer(work, digest, index, meta_image, extra)
-            layout.sync_layer(work)
             if not target.exists():
                 try:
                     work.rename(target)
                 except OSError:
                     if not target.exists():
                         raise
-            layout.sync_path(target.parent)
-            return self._open_layer(target, is_unclean=False, is_dirty=False)
+            return self._open_layer(target, is_unclean=False, is_dirty=False, is_new=True)
         except BrokenLayer as exc:
             raise StoreError(f"layer {digest} was broken as soon as it was made: {exc}") from exc
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
-    def _open_layer(self, root: Path, *, is_unclean: bool, is_dirty: bool) -> StoredLayer:
+    def _open_layer(self, root: Path, *, is_unclean: bool, is_dirty: bool, is_new: bool = False) -> StoredLayer:
         opened = layout.open_layer(root, is_unclean=is_unclean)
         return StoredLayer(
             root,
@@ -152,6 +157,7 @@ class Store:
             on_full=self._note_full,
             writing=self._reserve.gate,
             is_dirty=is_dirty,
+            is_new=is_new,
         )
 
     def _root_of(self, digest: Digest) -> Path:
@@ -371,7 +377,10 @@ class Store:
 
     async def _keep_checkpointing(self, interval_s: float) -> None:
         while True:
-            await trio.sleep(interval_s)
+            with trio.move_on_after(interval_s):
+                await self._made.wait()
+                await trio.sleep(NEW_LAYER_S)
+            self._made = trio.Event()
             await self._in_disk_thread(self._reserve.take)  # somebody else on this disk may have made room
             try:
                 await self.checkpoint()

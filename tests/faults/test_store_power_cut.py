@@ -1,5 +1,6 @@
 """After a power cut nothing is served on trust, and nothing that survived is fetched again."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -155,3 +156,33 @@ async def test_a_torn_metadata_image_is_noticed(tmp_path: Path) -> None:
     flip(root_of(tmp_path / "cut", sample.digest) / "meta.erofs", 5000)
     async with open_store(tmp_path / "cut", quota_bytes=None, boot_id="two") as store:
         assert store.layers() == []
+
+
+@pytest.mark.parametrize("name", ["header", "chunks.table", "pieces.table", "meta.erofs"])
+async def test_a_layer_torn_before_its_first_checkpoint_is_read_anew(tmp_path: Path, name: str) -> None:
+    # Its folder has its name already, but what is in a file did not reach the disk.
+    sample = usual_sample()
+    await make_store(tmp_path / "store", tmp_path / "cut", sample, checkpoint=False)
+    (root_of(tmp_path / "cut", sample.digest) / name).write_bytes(b"")
+    async with open_store(tmp_path / "cut", quota_bytes=None, boot_id="two") as store:
+        assert store.layers() == []
+        layer = await store.create_layer(sample.digest, sample.index, sample.meta, {})
+        assert layer.missing_chunks(0, layer.volume_size) == list(range(len(sample.contents) - 4))
+
+
+async def test_a_new_layer_is_durable_from_the_first_checkpoint_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[Path] = set()
+    fsync = os.fsync
+
+    def note(fd: int) -> None:
+        fsync(fd)
+        synced.add(Path(os.readlink(f"/proc/self/fd/{fd}")))
+
+    monkeypatch.setattr(os, "fsync", note)
+    sample = usual_sample()
+    async with open_store(tmp_path / "store", quota_bytes=None, boot_id="one") as store:
+        layer = await store.create_layer(sample.digest, sample.index, sample.meta, {})
+        assert not any(layer.root in (path, *path.parents) for path in synced)
+        await store.checkpoint()
+        index = [layer.root / name for name in ("header", "chunks.table", "pieces.table", "meta.erofs")]
+        assert {*index, layer.root, layer.root.parent} <= synced
