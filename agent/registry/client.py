@@ -32,6 +32,7 @@ from agent.registry.manifests import (
 from agent.registry.push import Pusher
 from agent.registry.ranges import WantedRanges, merge
 from agent.registry.references import ImageReference
+from agent.registry.referrers import ReferrerReader, fallback_tag, of_type, write_listing
 
 log = structlog.get_logger()
 
@@ -50,6 +51,7 @@ class RegistryClient:
     _exchanger: Exchanger
     _blobs: BlobReader
     _pusher: Pusher
+    _referrers: ReferrerReader
     _credentials: CredentialStore = attrs.field(repr=False)
     _platform: Platform
     _hosts_dir: Path | None
@@ -120,6 +122,44 @@ class RegistryClient:
             FormatError: it is no manifest.
         """
         return await self._manifest(ref.registry, ref.repository, ref.locator, ref.digest)
+
+    async def referrers(self, ref: ImageReference, subject: Digest, artifact_type: str) -> bytes:
+        """An OCI image index of the manifests of a type that refer to a manifest of the repository. Nobody vouches for it.
+
+        Raises:
+            SourceError: no host told.
+            FormatError: what was told is no image index.
+        """
+        failure: SourceError | FormatError | None = None
+        is_told = False
+        for host, attempts in await self._serving(ref.registry, "referrers"):
+            try:
+                listed = await self._referrers_at(host, ref.repository, subject, artifact_type, attempts)
+            except (SourceError, FormatError) as exc:
+                failure = _weightier(failure, host, exc)
+                continue
+            if listed or not host.is_mirror:
+                return write_listing(listed)
+            is_told = True  # but a mirror need not have what the registry has
+        if failure is None and is_told:
+            return write_listing([])
+        raise failure or SourceRefused(
+            f"no host may list what refers to images of {ref.registry}; see its hosts.toml", source=ref.registry
+        )
+
+    async def _referrers_at(
+        self, host: RegistryHost, repository: str, subject: Digest, artifact_type: str, attempts: int
+    ) -> list[Descriptor]:
+        listed = await self._referrers.read(host, repository, subject, artifact_type, attempts)
+        if listed is not None or "resolve" not in host.capabilities:
+            return listed or []
+        try:
+            _, _, document = await self._manifest_from(host, repository, fallback_tag(subject), None, "", attempts)
+        except SourceRefused as exc:
+            if exc.status != 404:
+                raise
+            return []
+        return of_type(document, artifact_type)
 
     async def fetch_small(self, ref: ImageReference, descriptor: Descriptor, max_bytes: int) -> bytes:
         """A blob whole and verified: a config, a TOC.
@@ -266,6 +306,7 @@ async def open_registry_client(
             exchanger,
             BlobReader(exchanger),
             Pusher(exchanger),
+            ReferrerReader(exchanger),
             credentials,
             platform or Platform.of_this_machine(),
             hosts_dir,

@@ -42,7 +42,7 @@ _DOWN_S: Final = 10.0
 
 @attrs.frozen
 class Request:
-    """What is asked of a host. `path` is below the API's root; `url` replaces it for places that the host itself named."""
+    """What is asked of a host. `path`, with its query, is below the API's root; `url` replaces it for places the host named."""
 
     scope: Scope
     path: str = ""
@@ -177,7 +177,7 @@ class Exchanger:
             url = next_hop(url, answer.headers.get("location"))
 
     def _url(self, host: RegistryHost, request: Request) -> str:
-        query = f"?ns={host.registry}" if host.is_mirror else ""
+        query = f"{'&' if '?' in request.path else '?'}ns={host.registry}" if host.is_mirror else ""
         return f"{host.base_url}/{request.path}{query}"
 
     def _key(self, host: RegistryHost, request: Request) -> tuple[str, str, str]:

@@ -86,6 +86,7 @@ class Descriptor:
     annotations: Mapping[str, str] = attrs.field(default=_NOTHING, hash=False)
     urls: tuple[str, ...] = ()
     platform: Platform | None = None
+    artifact_type: str = ""
 
     @classmethod
     def from_json(cls, value: object) -> Self:
@@ -105,6 +106,7 @@ class Descriptor:
         urls = fields.get("urls") or []
         if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
             raise FormatError("descriptor has bad urls")
+        artifact_type = fields.get("artifactType")
         return cls(
             media_type,
             parse_digest(digest),
@@ -112,6 +114,7 @@ class Descriptor:
             {key: text for key, text in annotations.items() if isinstance(text, str)},
             tuple(urls),
             _platform(fields.get("platform")),
+            artifact_type if isinstance(artifact_type, str) else "",
         )
 
 

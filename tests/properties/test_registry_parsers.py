@@ -16,6 +16,7 @@ from agent.registry.multipart import MultipartParser, boundary_of
 from agent.registry.ranges import RangeMismatch, WantedRanges, bridge, merge, parse_content_range
 from agent.registry.redirects import BadRedirect, SignedUrl, next_hop
 from agent.registry.references import ImageReference
+from agent.registry.referrers import next_page
 
 labels = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True)
 registries = st.one_of(
@@ -278,3 +279,19 @@ def test_redirects_stay_http_and_never_leave_tls(current: str, location: str) ->
     assert url.startswith(("https://", "http://"))
     assert not (current.startswith("https") and url.startswith("http:"))
     SignedUrl.of(url, 1000.0)
+
+
+targets = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="<>"), min_size=1, max_size=40)
+
+
+@given(st.lists(targets, max_size=3), targets, st.sampled_from(['rel="next"', "rel=next", 'a=b; REL = "Next"', "rel=next; x"]))
+def test_next_page_is_found_among_other_links(others: list[str], target: str, parameters: str) -> None:
+    links = [f'<{other}>; rel="first"' for other in others]
+    assert next_page(", ".join(links)) is None
+    assert next_page(", ".join([*links, f"<{target}>; {parameters}", *links])) == target
+
+
+@given(st.text() | st.text('<>;,="rel next/', max_size=60))
+def test_next_page_never_crashes(header: str) -> None:
+    found = next_page(header)
+    assert found is None or f"<{found}>" in header
