@@ -384,6 +384,7 @@ async def _serve(settings: Settings, version: str) -> None:
                 presentation=settings.presentation,
                 prefetch=settings.prefetch,
                 background=settings.background_fetch,
+                soci_v1=settings.soci_v1,
             )
         )
         snapshotter: Snapshotter | None = None

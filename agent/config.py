@@ -124,6 +124,12 @@ class Settings(NamedTuple):
         "",
         "mount plain layers at once by an index that another node made and signed; any member could then falsify their files",
     )
+    soci_v1: bool = _setting(
+        False,
+        parse_switch,
+        "",
+        "mount plain layers at once by a SOCI v1 index; whoever may push to the repository could have made it, and falsify files",
+    )
     presentation: str = _setting(
         "auto",
         _choice("auto", "erofs-file", "erofs-loop", "fuse-tree"),

@@ -4,6 +4,7 @@ The tree is shallow and ordered by what a caller can do::
 
     ShoalError
     ├── FormatError        bytes of an image are not what their format says: refuse lazy use, pull whole (agent.formats)
+    │   └── NoIndex             nothing is wrong with them, but there is no index: pull whole
     ├── SourceError        a peer or registry failed: try another source (agent.errors)
     │   ├── SourceUnavailable   it did not answer, or said "later"
     │   ├── SourceRefused       it answered that it will not (authentication, not found)

@@ -292,10 +292,11 @@ def build_ztoc(blob: bytes, span: int, *, is_old: bool = False, entries: list[di
     return Built(root, write_flatbuffer(root), tar, extents)
 
 
-def build_index(ztocs: dict[str, bytes], *, is_v1: bool = False) -> bytes:
-    """The manifest of a SOCI index; `ztocs` by the digest of their layer."""
+def build_index(ztocs: dict[str, bytes], *, is_v1: bool = False, subject: dict[str, Any] | None = None) -> bytes:
+    """The manifest of a SOCI index; `ztocs` by the digest of their layer. `subject`: the descriptor of what it refers to."""
     return json.dumps(
         {
+            **({"subject": subject} if subject else {}),
             "schemaVersion": 2,
             "mediaType": "application/vnd.oci.image.manifest.v1+json",
             "config": {

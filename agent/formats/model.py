@@ -57,6 +57,10 @@ class FormatError(ShoalError):
     """Bytes of an image that are not what their format promises. The layer may still be pulled whole."""
 
 
+class NoIndex(FormatError):
+    """The image is in order and has no index for this layer: it is a plain one."""
+
+
 def parse_digest(text: str) -> Digest:
     """Check a digest as found in a manifest or a TOC.
 

@@ -18,7 +18,8 @@ class LayerFacts:
     """What is known of a layer before anything of it is read.
 
     `siblings` are all layers of the image's manifest, lowest first, this one included, each without siblings of its own; empty
-    if the manifest is not known. `manifest_annotations` are those of the manifest itself. `diff_id` is empty if not known.
+    if the manifest is not known. `manifest_annotations` are those of the manifest itself. `manifest_digest` and `diff_id` are empty
+    if not known.
     """
 
     digest: Digest
@@ -28,6 +29,7 @@ class LayerFacts:
     siblings: tuple["LayerFacts", ...] = ()
     manifest_annotations: Mapping[str, str] = attrs.field(factory=dict)
     diff_id: str = ""
+    manifest_digest: Digest = Digest("")
 
 
 @attrs.frozen
@@ -68,7 +70,7 @@ class AttachedBlob:
 class ReferrersOf:
     """The manifests of `artifact_type` that refer to `subject` (empty: this image's own manifest), as the registry lists them.
 
-    The answer is an image index in JSON, vouched for by nobody; empty if nothing refers to it.
+    The answer is an image index in JSON, vouched for by nobody; empty, or an index of nothing, if nothing refers to it.
     """
 
     artifact_type: str
@@ -77,7 +79,7 @@ class ReferrersOf:
 
 Want = BlobRange | ManifestBytes | AttachedBlob | ReferrersOf
 IndexReader = Generator[Want, bytes, LayerIndex]
-"""Raises FormatError when the bytes are not what the format promises."""
+"""Raises FormatError when the bytes are not what the format promises, NoIndex when the image has none for the layer."""
 
 
 class Format(Protocol):

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import attrs
 
-from agent.formats.model import Digest, FormatError, digest_of, parse_digest
+from agent.formats.model import Digest, FormatError, NoIndex, digest_of, parse_digest
 from agent.formats.opening import BlobRange, IndexReader, LayerFacts, ManifestBytes, ReferrersOf
 from agent.formats.ztoc import MAX_ZTOC_BYTES, Ztoc
 
@@ -99,7 +99,7 @@ def _first_index(referrers: bytes) -> Digest:
         for descriptor in _descriptors(_load(referrers, "a list of referrers"), "manifests"):
             if descriptor.get("artifactType") == INDEX_V1:
                 return parse_digest(str(descriptor.get("digest")))
-    raise FormatError("no SOCI index refers to the image")
+    raise NoIndex("no SOCI index refers to the image")
 
 
 def _of_layer(manifest: bytes, layer: Digest) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ def _find_ztoc(listed: list[dict[str, Any]], layer: Digest) -> tuple[Digest, int
     for descriptor in listed:
         if descriptor.get("mediaType") != PREFETCH:
             return _locate(descriptor, MAX_ZTOC_BYTES)
-    raise FormatError(f"the SOCI index has no zTOC of layer {layer}")
+    raise NoIndex(f"the SOCI index has no zTOC of layer {layer}")
 
 
 def _locate(descriptor: dict[str, Any], most: int) -> tuple[Digest, int]:

@@ -14,6 +14,7 @@ import trio
 from agent.errors import SourceError, SourceRefused, SourceUnavailable
 from agent.formats.model import Digest, FormatError, LayerIndex
 from agent.formats.opening import AttachedBlob, BlobRange, Format, LayerFacts, ManifestBytes, ReferrersOf, Want
+from agent.images.referrers import KnownReferrers
 from agent.indexing.processes import IndexProcesses
 from agent.registry import Descriptor, ImageReference, RegistryClient
 from agent.resolve import Resolver, Source
@@ -63,6 +64,9 @@ class IndexFetcher:
     resolver: Resolver
     processes: IndexProcesses
     cpu: trio.CapacityLimiter
+    referrers: KnownReferrers = attrs.field(
+        init=False, default=attrs.Factory(lambda self: KnownReferrers(self.registry), takes_self=True)
+    )
 
     async def fetch(self, image: ImageReference, facts: LayerFacts, layer_format: Format) -> ReadIndex:
         """Read the index from a peer or the registry.
@@ -106,7 +110,7 @@ class IndexFetcher:
         if isinstance(want, ManifestBytes):
             return await self._manifest(image, want)
         if isinstance(want, ReferrersOf):
-            raise FormatError(f"what refers to {image} is not looked for")
+            return await self._referrers(image, facts, want)
         return await self._attached(image, want)
 
     async def _manifest(self, image: ImageReference, want: ManifestBytes) -> bytes:
@@ -114,6 +118,13 @@ class IndexFetcher:
             return (await self.registry.resolve(attrs.evolve(image, tag=None, digest=want.digest))).raw
         except SourceRefused:
             return b""
+
+    async def _referrers(self, image: ImageReference, facts: LayerFacts, want: ReferrersOf) -> bytes:
+        subject = want.subject or facts.manifest_digest or image.digest
+        if not subject:
+            await trio.lowlevel.checkpoint()
+            return b""
+        return await self.referrers.find(image, subject, want.artifact_type)
 
     async def _attached(self, image: ImageReference, want: AttachedBlob) -> bytes:
         if not image.tag:

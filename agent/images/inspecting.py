@@ -12,9 +12,8 @@ import attrs
 import trio
 
 from agent.errors import ShoalError
-from agent.formats.catalogue import find_format
 from agent.formats.inflate import open_inflater, sniff
-from agent.formats.model import Digest, FormatError, PieceTable
+from agent.formats.model import Digest, FormatError, NoIndex, PieceTable
 from agent.formats.opening import LayerFacts
 from agent.formats.pieces import cut_fixed
 from agent.images.layers import Layers
@@ -89,7 +88,7 @@ class Inspector:
             "warnings": [],
         }
         stored = self.store.layer(layer.digest)
-        layer_format = find_format(facts)
+        layer_format = self.layers.format_of(facts)
         pieces: PieceTable | None = None
         if stored is not None:
             pieces = stored.pieces
@@ -97,6 +96,8 @@ class Inspector:
         elif layer_format is not None:
             try:
                 index = (await self.layers.indexes.fetch(image, facts, layer_format)).index
+            except NoIndex as exc:
+                found["reason"] = f"{exc}: the first node reads it through once"
             except FormatError as exc:
                 found |= {"format": layer_format.name, "reason": str(exc)}
             else:

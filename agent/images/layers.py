@@ -5,7 +5,8 @@ read, not when its data are here. A layer that cannot be lazy (plain gzip, or an
 whole, verified by its own digest, and presented in the same way.
 
 Trust. A lazy layer's index must match a digest that the manifest names (how, is the format's affair); the manifest was verified
-by whoever resolved it. Everything else follows from the index.
+by whoever resolved it. Everything else follows from the index. With `soci_v1` an index is also believed that only refers to the
+image: nobody vouches for that one.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -19,7 +20,7 @@ import trio
 
 from agent.errors import ShoalError, SourceError, SourceRefused, StoreError
 from agent.formats.catalogue import find_format
-from agent.formats.model import Digest, FormatError, parse_digest
+from agent.formats.model import Digest, FormatError, NoIndex, parse_digest
 from agent.formats.opening import Format, LayerFacts
 from agent.images.adopt import adopt_chunks, has_donors
 from agent.images.fleet_index import FleetIndexes
@@ -78,6 +79,7 @@ class Layers:
         presentation: str,
         prefetch: bool,
         background: bool,
+        soci_v1: bool,
         work_dir: Path,
     ) -> None:
         self._nursery = nursery
@@ -90,6 +92,7 @@ class Layers:
         self._presentation = presentation
         self._prefetch = prefetch
         self._background = background
+        self._soci_v1 = soci_v1
         self._flights: dict[str, _Flight] = {}
         self._rebuilds: dict[str, _Flight] = {}
         self._presented: dict[str, tuple[Link, StoredLayer, PreparedLayer]] = {}
@@ -143,12 +146,18 @@ class Layers:
             )
         return await self._present(stored)
 
+    def format_of(self, facts: LayerFacts) -> Format | None:
+        """The format that the layer is tried as first; None for a plain one."""
+        return find_format(facts, soci_v1=self._soci_v1)
+
     async def _fetch(self, image: ImageReference, layer: Descriptor, digest: Digest) -> StoredLayer:
         facts = await self._facts(image, layer)
-        layer_format = find_format(facts)
+        layer_format = self.format_of(facts)
         if layer_format is not None:
             try:
                 return await self._fetch_lazy(image, facts, layer_format)
+            except NoIndex as exc:
+                log.debug("layer_without_index", layer=digest, image=str(image), reason=str(exc))
             except FormatError as exc:
                 if layer_format.is_only_form:
                     raise
@@ -210,10 +219,13 @@ class Layers:
         """
         image = ImageReference.parse(str(stored.extra.get("image", "")))
         facts = await self._facts(image, Descriptor("", stored.digest, 0))
-        layer_format = find_format(facts)
+        layer_format = self.format_of(facts)
         if layer_format is None:
             return False
-        read = await self.indexes.fetch(image, facts, layer_format)
+        try:
+            read = await self.indexes.fetch(image, facts, layer_format)
+        except NoIndex:
+            return False
         return await trio.to_thread.run_sync(stored.repair_image, read.meta, limiter=self._cpu)
 
     async def _present(self, stored: StoredLayer) -> PreparedLayer:
@@ -337,6 +349,7 @@ async def open_layers(
     presentation: str,
     prefetch: bool,
     background: bool,
+    soci_v1: bool,
 ) -> AsyncIterator[Layers]:
     """The layers of a node. `link` gives the connection to fsmount, and waits while there is none."""
     async with open_index_processes() as processes, trio.open_nursery() as nursery:
@@ -353,6 +366,7 @@ async def open_layers(
             presentation=presentation,
             prefetch=prefetch,
             background=background,
+            soci_v1=soci_v1,
             work_dir=store.path / "temporary",
         )
         nursery.cancel_scope.cancel()

@@ -90,6 +90,7 @@ def facts_of(resolved: ResolvedManifest, layer: Descriptor) -> LayerFacts:
                 annotations={**layer.annotations, **sibling.annotations},
                 siblings=siblings,
                 manifest_annotations=document.annotations if isinstance(document, Manifest) else {},
+                manifest_digest=resolved.digest,
             )
     raise FormatError(f"manifest {resolved.digest} has no layer {layer.digest}")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from agent.formats import catalogue, estargz  # noqa: F401 - what most layers need
-from agent.formats.model import FormatError
+from agent.formats.model import FormatError, NoIndex
 from agent.indexing import messages
 from fsmount.erofs import write_image
 
@@ -49,6 +49,8 @@ def _read(sock: socket.socket, request: dict[str, Any]) -> None:
             index = stop.value
         meta = write_image(index.root, volume_size=index.volume_size, user_markers=False)
         head, parts = messages.index_frame(index, meta)
+    except NoIndex as exc:
+        _send(sock, {"no_index": str(exc)})
     except FormatError as exc:
         _send(sock, {"format_error": str(exc)})
     except MemoryError:

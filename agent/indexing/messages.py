@@ -3,7 +3,8 @@
 A frame is a u32 and a u64 (little-endian): the lengths of a head and of a body; then the head, a msgpack map, and the body, bytes
 as they are. The agent says `{"read": place of the format, "facts": ...}`; from then on the process asks (`want_head`) and the agent
 answers with a body and an empty head, until the process ends it: with `{"index": ...}` and the tables and the metadata image as
-body, with `{"format_error": text}` if the bytes are not what the format promises, or with `{"defect": text}`.
+body, with `{"no_index": text}` or `{"format_error": text}` if the image has none for the layer or the bytes are not what the format
+promises, or with `{"defect": text}`.
 """
 
 import struct
@@ -58,15 +59,7 @@ def lengths(prefix: bytes) -> tuple[int, int]:
 
 def facts_head(facts: LayerFacts) -> Head:
     """What is known of a layer."""
-    return {
-        "digest": facts.digest,
-        "size": facts.size,
-        "media_type": facts.media_type,
-        "annotations": dict(facts.annotations),
-        "siblings": [facts_head(sibling) for sibling in facts.siblings],
-        "manifest_annotations": dict(facts.manifest_annotations),
-        "diff_id": facts.diff_id,
-    }
+    return attrs.asdict(facts)
 
 
 def facts_of(head: Mapping[str, Any]) -> LayerFacts:

@@ -23,7 +23,7 @@ import trio
 import agent
 from agent.errors import ShoalError
 from agent.formats import catalogue
-from agent.formats.model import FormatError, LayerIndex
+from agent.formats.model import FormatError, LayerIndex, NoIndex
 from agent.formats.opening import Format, LayerFacts, Want
 from agent.indexing import messages
 
@@ -102,6 +102,7 @@ class IndexProcesses:
         """The index of a layer, without its tree, and the metadata image that has it. `answer` gives what the format wants.
 
         Raises:
+            NoIndex: the image has none for this layer.
             FormatError: the bytes are not what the format promises, or took the process with them.
             ShoalError: what `answer` raises, or a defect of ours.
         """
@@ -124,6 +125,8 @@ class IndexProcesses:
                     self._give_back(child)
                 elif child.process.returncode is None:  # it waits for an answer, or computes for nobody
                     await child.end()
+        if "no_index" in head:
+            raise NoIndex(head["no_index"])
         if "format_error" in head:
             raise FormatError(head["format_error"])
         if "defect" in head:

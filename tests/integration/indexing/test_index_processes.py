@@ -10,9 +10,9 @@ import pytest
 import trio
 
 from agent.errors import ShoalError, SourceUnavailable
-from agent.formats import estargz
+from agent.formats import estargz, soci
 from agent.formats.catalogue import find_format
-from agent.formats.model import FormatError, LayerIndex
+from agent.formats.model import Digest, FormatError, LayerIndex, NoIndex
 from agent.formats.opening import BlobRange, LayerFacts, Want
 from agent.indexing import processes as module
 from agent.indexing.processes import IndexProcesses, open_index_processes
@@ -143,6 +143,19 @@ async def test_wrong_bytes_are_told_and_the_process_goes_on(sample: Sample) -> N
             before = children()
             await sample.read(processes)
             assert children() == before != set()
+
+
+async def test_that_there_is_no_index_is_told_as_such() -> None:
+    facts = LayerFacts(Digest("sha256:" + "1" * 64), 1000, "application/vnd.oci.image.layer.v1.tar+gzip")
+
+    async def nothing(_want: Want) -> bytes:
+        await trio.lowlevel.checkpoint()
+        return b""
+
+    with trio.fail_after(60):
+        async with open_index_processes() as processes:
+            with pytest.raises(NoIndex):
+                await processes.read(soci.FORMAT_V1, facts, nothing)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])

@@ -20,6 +20,7 @@ from agent.formats.model import (
     FormatError,
     LayerIndex,
     MemberTable,
+    NoIndex,
     PieceTable,
     digest_of,
 )
@@ -371,8 +372,10 @@ def test_the_index_that_refers_to_the_image(sample: Sample) -> None:
         ]
     }
     answers = answers_of(old, index)
-    with pytest.raises(FormatError, match="no SOCI index"):
+    with pytest.raises(NoIndex, match="no SOCI index"):
         converse(soci.FORMAT_V1, facts, answers)
+    with pytest.raises(NoIndex, match="no SOCI index"):
+        converse(soci.FORMAT_V1, facts, {ReferrersOf(soci.INDEX_V1): b'{"manifests": []}'})
     answers[ReferrersOf(soci.INDEX_V1)] = json.dumps(listed).encode()
     assert converse(soci.FORMAT_V1, facts, answers).entry_count == 4
 
@@ -388,8 +391,9 @@ def test_the_index_that_refers_to_the_image(sample: Sample) -> None:
     ],
 )
 def test_an_index_without_the_layer(sample: Sample, index: bytes, message: str) -> None:
-    with pytest.raises(FormatError, match=message):
+    with pytest.raises(FormatError, match=message) as caught:
         converse(soci.FORMAT, facts_of(sample, index), {ManifestBytes(digest_of(index)): index})
+    assert isinstance(caught.value, NoIndex) == (message == "no zTOC")
 
 
 def test_what_is_not_vouched_for_is_refused(sample: Sample) -> None:
