@@ -1,11 +1,14 @@
-"""The program of an index process: reads indexes for the agent at the other end of its standard input, one after another.
+"""The program that index processes run: it imports what reading an index takes, and forks a worker for each index.
 
-It imports what reading an eStargz index takes before anybody asks, and the rest when it is asked for. It ends when the agent
-closes the socket or goes away.
+Standard input is a socket to the agent, over which come the place of a format (`agent.formats.catalogue`) and the worker's end of a
+socket. The worker says which process it is (a pidfd), reads one index and ends. This process ends when the agent closes its socket
+or goes away; a worker when it has nobody to talk to, or when the agent kills it.
 """
 
 import gc
+import os
 import resource
+import signal
 import socket
 import traceback
 from contextlib import suppress
@@ -19,6 +22,7 @@ from fsmount.erofs import write_image
 
 MAX_MEMORY: Final = 4 << 30
 """A layer of a million entries takes 3 GB while its index is read; more is refused here instead of taken from the node."""
+MAX_PLACE: Final = 200
 
 
 def main() -> None:
@@ -27,12 +31,31 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY if hard == resource.RLIM_INFINITY else min(MAX_MEMORY, hard), hard))
     with suppress(OSError):  # if memory runs out on the node, this process goes first: the layer is then read through instead
         Path("/proc/self/oom_score_adj").write_text("800")
-    gc.collect()
-    gc.freeze()  # modules stay for ever: no later collection need look at them
-    with socket.socket(fileno=0) as sock, suppress(EOFError, ConnectionError):
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for workers
+    with socket.socket(fileno=0) as control, suppress(ConnectionError):
         while True:
+            place, fds, _, _ = socket.recv_fds(control, MAX_PLACE, 1)
+            if not place:
+                return
+            with socket.socket(fileno=fds[0]) as sock:
+                with suppress(StopIteration):
+                    catalogue.format_at(place.decode())  # imported here, it need not be in each worker
+                gc.collect()
+                gc.freeze()  # no worker's collections touch what was made before it
+                if not os.fork():
+                    control.close()
+                    _work(sock)
+
+
+def _work(sock: socket.socket) -> None:
+    """A worker's life; does not return."""
+    try:
+        with suppress(EOFError, ConnectionError):
+            socket.send_fds(sock, [b"p"], [os.pidfd_open(os.getpid())])
             head, _ = _receive(sock)
             _read(sock, head)
+    finally:
+        os._exit(0)
 
 
 def _read(sock: socket.socket, request: dict[str, Any]) -> None:

@@ -3,17 +3,20 @@
 Why processes. Making a layer's metadata image out of its index is the one long computation in Python on the way of a starting
 container. In a thread of the agent it took the interpreter away from everything else that the start waits for: pieces that
 arrive, containerd's requests. In a process it runs on another core; what a hostile index makes it take in memory goes with it; and
-the agent stays small. A process takes 60 ms to start, about what the round trips for the manifest take: `expect` starts one ahead.
+the agent stays small. The first process takes 80 ms to start, about what the round trips for the manifest take, and forks one for
+each index; `expect` starts it ahead.
 
-Nothing but bytes crosses: see `agent.indexing.messages`. The process has no network and asks the agent for what it wants to read.
+Nothing but bytes crosses: see `agent.indexing.messages`. The processes have no network and ask the agent for what they want to read.
 """
 
 import os
+import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -30,20 +33,27 @@ from agent.indexing import messages
 log = structlog.get_logger()
 
 IDLE_S: Final = 5.0
-"""How long a process waits for the next index: the layers of an image come within a second."""
-MOST: Final = max(1, min(2, os.cpu_count() or 1))
-"""Processes at once; more layers wait. Each has some 20 MB while it lives."""
+"""How long the first process waits for the next index: the layers of an image come within a second. It has some 20 MB."""
+MOST: Final = max(2, min(4, os.cpu_count() or 1))
+"""Indexes read at once; more wait. Two also on one core: a small layer need not wait for a large one."""
 
+_FD: Final = struct.Struct("i")
 _ROOT: Final = Path(next(iter(agent.__path__))).parent
 
 
-class _Child:
-    """One process and our end of its socket."""
+class _Worker:
+    """The process that reads one index, and our end of its socket."""
 
-    def __init__(self, process: trio.Process, sock: trio.socket.SocketType) -> None:
-        self.process = process
-        self.idle_since = 0.0
+    def __init__(self, sock: trio.socket.SocketType) -> None:
         self._sock = sock
+        self._pidfd = -1
+
+    async def hello(self) -> None:
+        """Learn which process it is. Raises OSError or EOFError: it is gone."""
+        said, ancillary, _, _ = await self._sock.recvmsg(1, socket.CMSG_SPACE(_FD.size))
+        if not said or not ancillary:
+            raise EOFError
+        (self._pidfd,) = _FD.unpack_from(ancillary[0][2])
 
     async def send(self, head: messages.Head, body: bytes = b"") -> None:
         """Raises OSError: it is gone."""
@@ -67,12 +77,15 @@ class _Child:
             at += count
         return data
 
-    async def end(self) -> int:
-        """End it, whatever it does; gives its status."""
+    def end(self, *, kill: bool) -> None:
+        """Let go of it; `kill` one that may be computing for nobody."""
+        if self._pidfd >= 0:
+            if kill:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            os.close(self._pidfd)
+            self._pidfd = -1
         self._sock.close()
-        with trio.CancelScope(shield=True):
-            self.process.kill()
-            return await self.process.wait()
 
 
 class IndexProcesses:
@@ -81,19 +94,18 @@ class IndexProcesses:
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._slots = trio.CapacityLimiter(MOST)
-        self._idle: list[_Child] = []
-        self._starting = 0
-        self._changed = trio.Event()
+        self._starting = trio.Lock()
+        self._first: tuple[trio.Process, socket.socket] | None = None
+        self._used_at = 0.0
 
     @property
-    def idle(self) -> int:
-        """Processes that wait for work."""
-        return len(self._idle)
+    def is_ready(self) -> bool:
+        """Whether the first process is there."""
+        return self._first is not None
 
     def expect(self) -> None:
-        """An index will be asked for soon: have a process ready."""
-        if not self._idle and not self._starting and not self._slots.borrowed_tokens:
-            self._starting += 1
+        """An index will be asked for soon: have the first process ready."""
+        if self._first is None and not self._starting.locked():
             self._nursery.start_soon(self._start_ahead)
 
     async def read(
@@ -106,25 +118,24 @@ class IndexProcesses:
             FormatError: the bytes are not what the format promises, or took the process with them.
             ShoalError: what `answer` raises, or a defect of ours.
         """
+        place = catalogue.place_of(layer_format)
         async with self._slots:
-            child = await self._take()
-            is_ready = False
+            worker = await self._fork(place)
+            has_ended = False
             try:
-                await child.send({"read": catalogue.place_of(layer_format), "facts": messages.facts_head(facts)})
+                await worker.hello()
+                await worker.send({"read": place, "facts": messages.facts_head(facts)})
                 while True:
-                    head, body = await child.receive()
+                    head, body = await worker.receive()
                     if "want" not in head:
                         break
-                    await child.send({}, await answer(messages.want_of(head)))
-                is_ready = True
+                    await worker.send({}, await answer(messages.want_of(head)))
+                has_ended = True
             except (OSError, EOFError) as exc:
-                status = await child.end()
-                raise FormatError(f"the process that read the index of {facts.digest} ended with status {status}") from exc
+                raise FormatError(f"the process that read the index of {facts.digest} has died") from exc
             finally:
-                if is_ready:
-                    self._give_back(child)
-                elif child.process.returncode is None:  # it waits for an answer, or computes for nobody
-                    await child.end()
+                worker.end(kill=not has_ended)
+                self._used_at = trio.current_time()
         if "no_index" in head:
             raise NoIndex(head["no_index"])
         if "format_error" in head:
@@ -134,59 +145,74 @@ class IndexProcesses:
             raise ShoalError(f"reading the index of {facts.digest} failed: {head['defect'].strip().splitlines()[-1]}")
         return messages.index_of(head["index"], body)
 
-    async def _take(self) -> _Child:
-        while not self._idle and self._starting:
-            await self._changed.wait()
-        while self._idle:
-            child = self._idle.pop()
-            if child.process.poll() is None:
-                return child
-            await child.end()
-        try:
-            return await self._start()
-        except OSError as exc:
-            raise ShoalError(f"cannot start a process to read an index: {exc.strerror}") from exc
+    async def _fork(self, place: str) -> _Worker:
+        """A worker, from the first process or, if that is gone, from another one."""
+        for _ in range(2):
+            try:
+                control = await self._started()
+            except OSError as exc:
+                raise ShoalError(f"cannot start a process to read an index: {exc.strerror}") from exc
+            ours, theirs = socket.socketpair()
+            with theirs:
+                try:
+                    socket.send_fds(control, [place.encode()], [theirs.fileno()])
+                except OSError:  # it died while it was idle
+                    ours.close()
+                    await self._end_first()
+                    continue
+            ours.setblocking(False)
+            return _Worker(trio.socket.from_stdlib_socket(ours))
+        raise ShoalError("processes that read indexes die as soon as they are started")
 
-    def _give_back(self, child: _Child) -> None:
-        child.idle_since = trio.current_time()
-        self._idle.append(child)
-        self._nursery.start_soon(self._expire, child)
-
-    async def _expire(self, child: _Child) -> None:
-        """End a process that nobody takes for a while; of one that is taken and given back, the task of that moment sees to it."""
-        await trio.sleep(IDLE_S)
-        if child in self._idle and trio.current_time() - child.idle_since >= IDLE_S:
-            self._idle.remove(child)
-            await child.end()
+    async def _started(self) -> socket.socket:
+        """The socket of the first process. Raises OSError: none can be started."""
+        async with self._starting:
+            self._used_at = trio.current_time()
+            if self._first is None:
+                ours, theirs = socket.socketpair()
+                with theirs:
+                    try:
+                        process = await trio.lowlevel.open_process(
+                            [sys.executable, "-m", "agent.indexing.child"],
+                            stdin=theirs.fileno(),
+                            stdout=subprocess.DEVNULL,
+                            cwd=_ROOT,
+                        )
+                    except BaseException:
+                        ours.close()
+                        raise
+                self._first = process, ours
+                self._nursery.start_soon(self._end_when_idle, process)
+            return self._first[1]
 
     async def _start_ahead(self) -> None:
         try:
-            child = await self._start()
-            self._give_back(child)
+            await self._started()
         except OSError as exc:
             log.warning("index_process_not_started", reason=str(exc))
-        finally:
-            self._starting -= 1
-            self._changed.set()
-            self._changed = trio.Event()
 
-    async def _start(self) -> _Child:
-        """A new process. Raises OSError."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                process = await trio.lowlevel.open_process(
-                    [sys.executable, "-m", "agent.indexing.child"], stdin=theirs.fileno(), stdout=subprocess.DEVNULL, cwd=_ROOT
-                )
-            except BaseException:
-                ours.close()
-                raise
-        return _Child(process, trio.socket.from_stdlib_socket(ours))
+    async def _end_when_idle(self, process: trio.Process) -> None:
+        while self._first is not None and self._first[0] is process:
+            left = self._used_at + IDLE_S - trio.current_time()
+            if left <= 0 and not self._slots.borrowed_tokens:
+                await self._end_first()
+                return
+            await trio.sleep(max(left, 0.1 * IDLE_S))
+
+    async def _end_first(self) -> None:
+        if self._first is None:
+            await trio.lowlevel.checkpoint()
+            return
+        process, control = self._first
+        self._first = None
+        control.close()
+        with trio.CancelScope(shield=True):
+            process.kill()
+            await process.wait()
 
     async def aclose(self) -> None:
-        """End every process that waits."""
-        while self._idle:
-            await self._idle.pop().end()
+        """End the first process; the workers are gone with those who asked."""
+        await self._end_first()
 
 
 @asynccontextmanager
