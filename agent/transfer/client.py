@@ -1,6 +1,6 @@
 """Fetches blob bytes from peers: HTTP/1.1 ranges over mutual TLS, connections kept per peer.
 
-Written on trio's TLS stream and not on httpx, for three reasons. The peer id that the server's certificate proves is compared
+Written on a TLS stream of our own and not on httpx, for three reasons. The peer id that the server's certificate proves is compared
 with the holder's before even a request is sent: an address that now belongs to another node, or a node that answers for
 another, never learns what is wanted. Bytes go from the TLS stream to the caller without further layers, at about half of
 httpx's CPU time for 1 GiB (libraries.md). And a caller may stop early, which leaves httpx's nested generators behind.
@@ -29,6 +29,7 @@ from agent.transfer.http import (
     parse_content_range,
     request_head,
 )
+from agent.transfer.tls import TlsStream
 
 log = structlog.get_logger()
 
@@ -56,7 +57,7 @@ class PeerBusy(SourceUnavailable):
 class _Connection:
     """A TLS connection to a peer whose id is proven."""
 
-    def __init__(self, stream: trio.SSLStream) -> None:
+    def __init__(self, stream: TlsStream) -> None:
         self._stream = stream
         self._buffer = b""
         self.idle_since = 0.0
@@ -72,10 +73,7 @@ class _Connection:
         while (end := received.find(b"\r\n\r\n")) < 0:
             if len(received) > MAX_HEAD_BYTES:
                 raise SourceRefused("the answer's head is too long")
-            data = await self._stream.receive_some(CHUNK)
-            if not data:
-                raise EOFError("closed by the peer")
-            received += data
+            received += await self._stream.receive(CHUNK)
         self._buffer = received[end + 4 :]
         answer = parse_answer(received[:end])
         if answer is None:
@@ -92,22 +90,18 @@ class _Connection:
             data, self._buffer = self._buffer[:most], self._buffer[most:]
             await trio.lowlevel.checkpoint()
             return data
-        # TLS hands out one record of 16 KiB at a time, and what follows costs more for each block than for each byte.
-        parts: list[bytes] = []
-        size = 0
-        while size < most:
-            data = await self._stream.receive_some(most - size)
-            if not data:
-                if parts:
-                    break
-                raise EOFError("closed by the peer")
-            parts.append(data)
-            size += len(data)
-        return b"".join(parts)
+        # What follows costs more for each block than for each byte: a little patience makes whole ones of those that trickle in.
+        data = await self._stream.receive(most)
+        while len(data) < most:
+            try:
+                data += await self._stream.receive(most - len(data))
+            except EOFError:
+                break
+        return data
 
     async def close(self) -> None:
         """Drop the connection."""
-        await trio.aclose_forcefully(self._stream)
+        await self._stream.close()
 
 
 class PeerClient:
@@ -226,18 +220,18 @@ class PeerClient:
             raise OSError(f"{data_address!r} is not HOST:PORT")
         with trio.fail_after(CONNECT_S):
             tcp = await trio.open_tcp_stream(host.strip("[]"), int(port))
-            stream = trio.SSLStream(tcp, self._context, https_compatible=True)
+            stream = TlsStream(tcp, self._context)
             try:
-                await stream.do_handshake()
+                await stream.handshake()
                 self._check_peer(stream, peer_id, data_address)
             except BaseException:
-                await trio.aclose_forcefully(stream)
+                await stream.close()
                 raise
         return _Connection(stream)
 
-    def _check_peer(self, stream: trio.SSLStream, peer_id: str, data_address: str) -> None:
-        certificate = stream.getpeercert(binary_form=True)
-        if not isinstance(certificate, bytes):
+    def _check_peer(self, stream: TlsStream, peer_id: str, data_address: str) -> None:
+        certificate = stream.certificate
+        if certificate is None:
             raise SourceRefused(f"the node at {data_address} shows no certificate", source=peer_id)
         if certificate not in self._proven:
             if len(self._proven) > IDLE_CONNECTIONS:
