@@ -1,7 +1,7 @@
 """The cut of a blob into pieces, from its index alone, so that every node of a fleet numbers them alike.
 
 A piece begins at the start of a member and takes members while it stays within the target; a larger member is a piece of
-its own. The end of the prefetch range is always a cut, and so is the start of the index. Changing anything here makes nodes of
+its own. The end of the prefetch range is always a cut, with a small piece behind it, and so is the start of the index. Changing anything here makes nodes of
 different versions talk past each other about possession.
 """
 
@@ -13,6 +13,10 @@ from agent.formats.model import ChunkTable, PieceTable
 
 PIECE_BYTES: Final = 1 << 20
 """20 ms at 400 Mbit/s, one round trip of a usual link: less would pay for requests, more would make a reader wait."""
+
+READ_AHEAD_BYTES: Final = 256 << 10
+"""What the kernel reads ahead of the last file of the prefetch range lies in a piece of about this size, so that having it too costs
+little: whoever reads that file waits for both."""
 
 
 def cut_pieces(
@@ -31,6 +35,7 @@ def cut_pieces(
     starts, first_chunk = array("Q", [0]), array("I", [0])
     piece_start, last = 0, -1
     forced = sorted({prefetch_stop, *cuts}, reverse=True)
+    ahead_stop = prefetch_stop + READ_AHEAD_BYTES if prefetch_stop > 0 else blob_size
     for number, (offset, length) in enumerate(zip(chunks.blob_offset, chunks.blob_length, strict=True)):
         if offset == last:
             continue
@@ -41,7 +46,9 @@ def cut_pieces(
                 starts.append(cut_at)
                 first_chunk.append(number)
                 piece_start = cut_at
-        if offset + length - piece_start > target and offset > piece_start and number > first_chunk[-1]:
+        is_full = offset + length - piece_start > target or offset >= ahead_stop
+        if is_full and offset > piece_start and number > first_chunk[-1]:
+            ahead_stop = ahead_stop if offset < ahead_stop else blob_size
             starts.append(offset)
             first_chunk.append(number)
             piece_start = offset

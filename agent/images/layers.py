@@ -254,8 +254,8 @@ class Layers:
         if self._prefetch and stored.prefetch_pieces:
             self._resolver.prefetch(stored.digest, stored.prefetch_pieces)
         if self._prefetch and stored.prefetch_stop > 0:
-            # One piece more: the kernel reads ahead of the last file that is wanted, into what lies behind the landmark, and its
-            # reader waits for both. Fetched on demand that piece came 50 to 80 ms later, in the middle of a container's start.
+            # One piece more, a small one: the kernel reads ahead of the last file that is wanted, into what lies behind the landmark,
+            # and its reader waits for both. Fetched on demand it came 50 to 80 ms later, in the middle of a container's start.
             self._resolver.prefetch(stored.digest, stored.pieces.covering(0, stored.prefetch_stop + 1))
         if self._background:
             self._resolver.prefetch(stored.digest, range(len(stored.pieces)), Priority.BACKGROUND)
