@@ -34,8 +34,8 @@ log = structlog.get_logger()
 
 IDLE_S: Final = 5.0
 """How long the first process waits for the next index: the layers of an image come within a second. It has some 20 MB."""
-MOST: Final = max(2, min(4, os.cpu_count() or 1))
-"""Indexes read at once; more wait. Two also on one core: a small layer need not wait for a large one."""
+MOST: Final = 4
+"""Indexes read at once; more wait. Also on two cores: a small layer need not wait for large ones."""
 
 _FD: Final = struct.Struct("i")
 _ROOT: Final = Path(next(iter(agent.__path__))).parent
