@@ -11,8 +11,8 @@ A read ends with its bytes or, at its deadline, with EIO and one line in the log
 
 import errno
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Final, Protocol
 
 import attrs
@@ -33,8 +33,6 @@ LIMITS: Final = (6, 3, 1)
 """Runs in flight by priority: demand from six readers at once, prefetch of three layers side by side, one polite background."""
 CALM_BATCH_BYTES: Final = 256 << 10
 """While nobody waits a worker-thread call takes at least this much: the hop costs 0.2 ms, as much as decoding 64 KiB."""
-HOLD_MOST_S: Final = 0.5
-"""Longest that the bytes of one run wait for indexes to be built: 100,000 entries take 3 s, and the link must not stand still."""
 RETRY_FIRST_S: Final = 0.1
 RETRY_MOST_S: Final = 2.0
 POLITE_S: Final = 0.05
@@ -95,8 +93,6 @@ class Resolver:
         """Asked before anything is fetched; set by whoever wires the agent."""
         self._refetching: set[tuple[str, int]] = set()
         self._piece_ended = trio.Event()
-        self._holders = 0
-        self._released = trio.Event()
 
     # --- what callers use -------------------------------------------------------------------------------------------------
 
@@ -201,22 +197,6 @@ class Resolver:
             if self._is_wanted(digest, piece):
                 self._queue.want(digest, piece, priority, now)
         self._kick()
-
-    @contextmanager
-    def holding_prefetch(self) -> Iterator[None]:
-        """Within the block nothing is decoded that nobody waits for. Bytes go on arriving.
-
-        Python runs one thread at a time: what is decoded while an index is built makes the index late, and with it everything
-        that the container does first.
-        """
-        self._holders += 1
-        try:
-            yield
-        finally:
-            self._holders -= 1
-            if not self._holders:
-                self._released.set()
-                self._released = trio.Event()
 
     def is_busy(self) -> bool:
         """Whether anything is queued or in flight."""
@@ -381,11 +361,7 @@ class Resolver:
             await trio.sleep(POLITE_S)
 
     async def _absorb_all(self, run: Run[str], state: _LayerState, absorber: Absorber, arrivals: Arrivals) -> None:
-        hold_until = trio.current_time() + HOLD_MOST_S
         while batch := await arrivals.take(1 if run.priority is Priority.DEMAND else CALM_BATCH_BYTES):
-            if self._holders and run.priority is not Priority.DEMAND:
-                with trio.move_on_at(hold_until):
-                    await self._released.wait()
             try:
                 await trio.to_thread.run_sync(absorber.absorb, batch, limiter=self._threads)
             finally:

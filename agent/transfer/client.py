@@ -3,7 +3,7 @@
 Written on a TLS stream of our own and not on httpx, for three reasons. The peer id that the server's certificate proves is compared
 with the holder's before even a request is sent: an address that now belongs to another node, or a node that answers for
 another, never learns what is wanted. Bytes go from the TLS stream to the caller without further layers, at about half of
-httpx's CPU time for 1 GiB (libraries.md). And a caller may stop early, which leaves httpx's nested generators behind.
+httpx's CPU time. And a caller may stop early, which leaves httpx's nested generators behind.
 """
 
 import ssl

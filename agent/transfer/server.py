@@ -3,7 +3,7 @@
 hypercorn's trio worker owns sockets, keep-alive and header limits; the application behind it is the function below. Who may
 connect is decided by TLS: a client without a certificate of the fleet CA never reaches the application.
 
-Bytes leave in 64 KiB writes, each awaited, so that one transfer never holds the event loop (libraries.md: 0.4 to 0.8 ms of
+Bytes leave in 64 KiB writes, each awaited, so that one transfer never holds the event loop (0.4 to 0.8 ms of
 loop delay at 64 KiB, up to 3.5 at 256 KiB). A slow client cannot hold a slot for ever: hypercorn shields its writes from
 cancellation, so it is the kernel that ends a connection which took nothing for `STALL_S` (TCP_USER_TIMEOUT).
 """
