@@ -14,7 +14,6 @@ import codecs
 import json
 import re
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -135,18 +134,33 @@ class TocText:
         if self._peek() == "]":
             self._take("]")
             return
-        count = 0
+        count, between = 0, ""
         while True:
             count += 1
             if count > MAX_ENTRIES:
                 raise FormatError(f"a TOC of more than {MAX_ENTRIES} entries")
             yield self._value()
+            # Writers put the same between all entries: one comparison then, instead of two searches.
+            while between and count < MAX_ENTRIES and self._text.startswith(between, self._at):
+                try:
+                    value, stop = _DECODE(self._text, self._at + len(between))
+                except (ValueError, RecursionError):
+                    break
+                if stop == len(self._text):
+                    break  # it may go on in the next part, or is wrong, as above: `_value` tells
+                self._at = stop
+                count += 1
+                yield value
+            text, end = self._text, self._at
             mark = self._peek()
             self._at += 1
             if mark == "]":
                 return
             if mark != ",":
                 raise FormatError("the TOC is no JSON: a list does not go on")
+            self._peek()
+            if self._text is text:
+                between = text[end : self._at]
 
     def _fill(self) -> None:
         part = next(self._parts, None)
@@ -398,6 +412,7 @@ class TocParser:
         max_ratio, slack = self._dialect.max_ratio, self._dialect.ratio_slack
         starts = array("Q", sorted(offsets + self._marks))
         starts.append(self._data_stop)
+        next_start = 0
         files.sort(key=lambda inode: (offsets[inode.first_chunk], inners[inode.first_chunk]))
         table, file_offset = ChunkTable(), array("Q")
         # What an earlier file has claimed: a second one may share all of its chunks (same place, size, digest), not some.
@@ -419,7 +434,9 @@ class TocParser:
                 if offset < last_offset or (offset == last_offset and inner < last_end):
                     raise FormatError(f"a chunk at {offset} (inner {inner}) lies before the one it follows")
                 last_offset, last_end = offset, inner + sizes[number]
-                length = starts[bisect_right(starts, offset)] - offset
+                while starts[next_start] <= offset:  # offsets ascend
+                    next_start += 1
+                length = starts[next_start] - offset
                 if last_end > length * max_ratio + slack:
                     raise FormatError(f"{last_end} bytes cannot come out of the {length} of the member at {offset}")
                 if length > _MAX_U32:
