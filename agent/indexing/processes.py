@@ -50,7 +50,7 @@ class _Worker:
 
     async def hello(self) -> None:
         """Learn which process it is. Raises OSError or EOFError: it is gone."""
-        said, ancillary, _, _ = await self._sock.recvmsg(1, socket.CMSG_SPACE(_FD.size))
+        said, ancillary, _, _ = await self._sock.recvmsg(1, socket.CMSG_SPACE(_FD.size), socket.MSG_CMSG_CLOEXEC)
         if not said or not ancillary:
             raise EOFError
         (self._pidfd,) = _FD.unpack_from(ancillary[0][2])
