@@ -256,19 +256,20 @@ class _VolumeFiller:
             return
         if entry.kind == b"0" and path.removeprefix(b"./").removeprefix(b"/") in _HIDDEN:
             return
-        inode = Inode(_KINDS.get(entry.kind, InodeKind.FILE), entry.mode, entry.uid, entry.gid, entry.mtime_ns)
+        kind = _KINDS.get(entry.kind, InodeKind.FILE)
+        inode = Inode(kind, entry.mode, entry.uid, entry.gid, entry.mtime_ns)
         if entry.xattrs:
             inode.xattrs = check_xattrs(entry.xattrs.items(), path, self._tree)
-        if inode.kind is InodeKind.SYMLINK:
+        if kind is InodeKind.SYMLINK:
             inode.target, inode.size = entry.link, len(entry.link)
             if not 0 < inode.size < 4096 or b"\0" in entry.link:
                 raise FormatError(f"symlink {path[:200]!r} has a target of {inode.size} bytes")
-        elif inode.kind in (InodeKind.CHAR, InodeKind.BLOCK):
+        elif kind is InodeKind.CHAR or kind is InodeKind.BLOCK:
             inode.rdev = entry.rdev
             if not all(0 <= number <= 0xFFFFFFFF for number in entry.rdev):
                 raise FormatError(f"device {entry.rdev} of {path[:200]!r}")
         self._tree.add(path, inode)
-        if inode.kind is InodeKind.FILE and entry.size:
+        if kind is InodeKind.FILE and entry.size:
             if self._cursor + entry.size > MAX_VOLUME_BYTES:
                 raise FormatError(f"the layer's files have more than {MAX_VOLUME_BYTES} bytes")
             inode.size = entry.size

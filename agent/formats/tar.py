@@ -14,8 +14,10 @@ import re
 import struct
 from collections.abc import Sequence
 from enum import Enum, auto
+from functools import lru_cache
 from typing import Final, Protocol
 from urllib.parse import unquote_to_bytes
+from zlib import adler32
 
 import attrs
 
@@ -277,7 +279,7 @@ class TarParser:
             entry.size = parse_number(block[483:495])
             entry.sparse = []
             self._take_gnu_map(block[386:483], 4, 96)
-        elif entry.kind == b"0" and any(key.startswith(b"GNU.sparse.") for key in pax):
+        elif pax and entry.kind == b"0" and b"GNU.sparse." in b"\n".join(pax):
             self._begin_pax_sparse(entry, pax)
         else:
             self._begin_data()
@@ -401,13 +403,16 @@ def _has_checksum(block: bytes) -> bool:
         stated = parse_number(block[148:156])
     except FormatError:
         return False
-    if stated == 256 + sum(block[:148]) + sum(block[156:]):
+    # The low half of an Adler-32 is one more than the sum of the bytes, exactly so for up to 256 of them.
+    total = (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - 2
+    if stated == 256 + total - sum(block[148:156]):
         return True
     # Some old tars summed signed bytes.
     signed: tuple[int, ...] = struct.unpack("148b8x356b", block)
     return stated == 256 + sum(signed)
 
 
+@lru_cache(maxsize=4096)  # modes, owners and times of a layer are few; a hit takes a tenth of the time
 def parse_number(field: bytes) -> int:
     """A header's number: octal text, or base-256 where the first bit is set.
 
