@@ -18,7 +18,7 @@ class Harm(enum.Enum):
     """What happens to bodies of blobs (in front of a registry) or to everything from the server (in front of a peer)."""
 
     NONE = "passed on"
-    FLIP = "one bit in every block of 16 KiB is flipped"
+    FLIP = "one bit in every KiB is flipped: no chunk of any size comes through by luck"
     STALL = "nothing more comes, the connection stays"
     CUT = "the connection is reset"
 
@@ -109,7 +109,8 @@ class Proxy:
         self._was_harmed = trio.Event()
         if self.harm is Harm.FLIP:
             spoilt = bytearray(data)
-            spoilt[len(spoilt) // 2] ^= 0x10
+            for place in range(min(len(spoilt) // 2, 512), len(spoilt), 1024):
+                spoilt[place] ^= 0x10
             return bytes(spoilt)
         if self.harm is Harm.STALL:
             while self.harm is Harm.STALL and await client.receive_some(BLOCK):
