@@ -29,8 +29,8 @@ bytes on the link (1 MB at 20 ms and 400 Mbit/s) that are fetched again, and the
 QUIET_S: Final = 1.5
 """Background waits until nobody has asked for anything for this long: the pauses of a starting container are shorter ..."""
 BULK_S: Final = 2.0
-"""... unless demand has gone on for this long: then somebody reads everything, and help is what is polite. With 1 s the start of a
-container from a layer without hints took a third longer, and reading everything was not faster."""
+"""... unless demand has gone on for this long: then somebody reads everything, and help is what is polite. A start from layers
+without hints goes on for more than a second, too, and what it does not need would be in its way."""
 
 Key = TypeVar("Key", bound=Hashable)
 
