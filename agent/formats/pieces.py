@@ -1,8 +1,8 @@
 """The cut of a blob into pieces, from its index alone, so that every node of a fleet numbers them alike.
 
 A piece begins at the start of a member and takes members while it stays within the target; a larger member is a piece of
-its own. The end of the prefetch range is always a cut, with a small piece behind it, and so is the start of the index. Changing anything here makes nodes of
-different versions talk past each other about possession.
+its own. The end of the prefetch range is always a cut, with a small piece behind it, and so is the start of the index. Changing
+anything here makes nodes of different versions talk past each other about possession.
 """
 
 from array import array

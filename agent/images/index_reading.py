@@ -1,7 +1,8 @@
 """Reading the index of a layer for whichever format it has: the side of the conversation (`agent.formats.opening`) that does I/O.
 
 A peer that holds the layer's index gives it in one request; the registry is asked for ranges. Whatever comes is believed only as
-far as the format can verify it; the format itself runs in a process of its own (`agent.indexing`). What was read of the piece that holds the index is kept, so that this node can give it to others.
+far as the format can verify it; the format itself runs in a process of its own (`agent.indexing`). What was read of the piece
+that holds the index is kept, so that this node can give it to others.
 """
 
 import hashlib

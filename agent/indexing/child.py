@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from agent.formats import catalogue, estargz  # noqa: F401 - what most layers need
 from agent.formats.model import FormatError, NoIndex
+from agent.formats.opening import Format
 from agent.indexing import messages
 from fsmount.erofs import write_image
 
@@ -38,32 +39,29 @@ def main() -> None:
             if not place:
                 return
             with socket.socket(fileno=fds[0]) as sock:
-                with suppress(StopIteration):
-                    catalogue.format_at(place.decode())  # imported here, it need not be in each worker
-                gc.collect()
-                gc.freeze()  # no worker's collections touch what was made before it
+                found = catalogue.format_at(place.decode())  # imported here, it need not be in each worker
                 if not os.fork():
                     control.close()
-                    _work(sock)
+                    _work(sock, found)
 
 
-def _work(sock: socket.socket) -> None:
+def _work(sock: socket.socket, layer_format: Format) -> None:
     """A worker's life; does not return."""
     gc.disable()  # it would look at a growing tree again and again: a tenth of the time; all of it is gone in a moment
     try:
         with suppress(EOFError, ConnectionError):
             socket.send_fds(sock, [b"p"], [os.pidfd_open(os.getpid())])
             head, _ = _receive(sock)
-            _read(sock, head)
+            _read(sock, layer_format, head)
     finally:
         os._exit(0)
 
 
-def _read(sock: socket.socket, request: dict[str, Any]) -> None:
+def _read(sock: socket.socket, layer_format: Format, request: dict[str, Any]) -> None:
     """One index, from the first want to the result."""
     try:
         facts = messages.facts_of(request["facts"])
-        reader = catalogue.format_at(request["read"]).read_index(facts)
+        reader = layer_format.read_index(facts)
         try:
             want = next(reader)
             while True:

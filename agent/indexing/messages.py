@@ -1,9 +1,9 @@
 """What the agent and an index process say to each other, as bytes. Both ends are ours, of one version, and of one moment.
 
-A frame is a u32 and a u64 (little-endian): the lengths of a head and of a body; then the head, a msgpack map, and the body, bytes
-as they are. The agent says `{"read": place of the format, "facts": ...}`; from then on the process asks (`want_head`) and the agent
-answers with a body and an empty head, until the process ends it: with `{"index": ...}` and the tables and the metadata image as
-body, with `{"no_index": text}` or `{"format_error": text}` if the image has none for the layer or the bytes are not what the format
+A frame is a u32 and a u64 (little-endian): the lengths of a head and of a body; then the head, a msgpack map, and the body,
+bytes as they are. The agent says `{"facts": ...}`; from then on the process asks (`want_head`) and the agent answers with a
+body and an empty head, until the process ends it: with `{"index": ...}` and the tables and the metadata image as body, with
+`{"no_index": text}` or `{"format_error": text}` if the image has none for the layer or the bytes are not what the format
 promises, or with `{"defect": text}`.
 """
 

@@ -118,13 +118,12 @@ class IndexProcesses:
             FormatError: the bytes are not what the format promises, or took the process with them.
             ShoalError: what `answer` raises, or a defect of ours.
         """
-        place = catalogue.place_of(layer_format)
         async with self._slots:
-            worker = await self._fork(place)
+            worker = await self._fork(catalogue.place_of(layer_format))
             has_ended = False
             try:
                 await worker.hello()
-                await worker.send({"read": place, "facts": messages.facts_head(facts)})
+                await worker.send({"facts": messages.facts_head(facts)})
                 while True:
                     head, body = await worker.receive()
                     if "want" not in head:
@@ -158,7 +157,7 @@ class IndexProcesses:
                     socket.send_fds(control, [place.encode()], [theirs.fileno()])
                 except OSError:  # it died while it was idle
                     ours.close()
-                    await self._end_first()
+                    await self.end_first()
                     continue
             ours.setblocking(False)
             return _Worker(trio.socket.from_stdlib_socket(ours))
@@ -195,11 +194,12 @@ class IndexProcesses:
         while self._first is not None and self._first[0] is process:
             left = self._used_at + IDLE_S - trio.current_time()
             if left <= 0 and not self._slots.borrowed_tokens:
-                await self._end_first()
+                await self.end_first()
                 return
             await trio.sleep(max(left, 0.1 * IDLE_S))
 
-    async def _end_first(self) -> None:
+    async def end_first(self) -> None:
+        """End the first process, if there is one; workers go on, and are gone with those who asked."""
         if self._first is None:
             await trio.lowlevel.checkpoint()
             return
@@ -209,10 +209,6 @@ class IndexProcesses:
         with trio.CancelScope(shield=True):
             process.kill()
             await process.wait()
-
-    async def aclose(self) -> None:
-        """End the first process; the workers are gone with those who asked."""
-        await self._end_first()
 
 
 @asynccontextmanager
@@ -225,4 +221,4 @@ async def open_index_processes() -> AsyncIterator[IndexProcesses]:
         finally:
             nursery.cancel_scope.cancel()
             with trio.CancelScope(shield=True):
-                await processes.aclose()
+                await processes.end_first()
